@@ -1,0 +1,22 @@
+"""A decoder small enough to train while you watch.
+
+    python -m lm.train --config=configs/tiny.py --workdir=runs/tiny
+
+About half a minute on a two-core CPU machine.
+"""
+
+from configs import base
+
+
+def get_config():
+    """Two layers of width 32 on two million bytes."""
+    config = base.get_config()
+    config.name = "tiny"
+    config.model.d_model = 32
+    config.model.n_layers = 2
+    config.model.n_heads = 4
+    config.model.n_kv_heads = 2
+    config.model.d_ff = 88
+    config.train.tokens = 2e6
+    config.train.evaluate_every = 500
+    return config

@@ -1,0 +1,102 @@
+"""The edge of every command: bad input becomes one clear line, and errors become exit codes.
+
+Exit codes: 0 done (and ``--help``), 1 a failure, 2 bad input (nothing was written), 75 pre-empted.
+"""
+
+import difflib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from absl import flags, logging
+
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used. The message is one line: what was given, what is allowed."""
+
+
+def run(
+    main: Callable[[], int | None],
+    flag_values: flags.FlagValues,
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses ``argv`` (default: the process's own) into ``flag_values``, calls ``main``, returns the exit code.
+
+    Flags live in a private ``FlagValues`` per command, so that two commands can be imported together.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    logging.set_verbosity(logging.WARNING)
+    logging.use_absl_handler()
+    # absl's log lines on a terminal would tear the progress bar; warnings and errors stay.
+    flag_values.unparse_flags()
+    if any(arg in ("--help", "-h", "-help") for arg in argv[1:]):
+        print((doc or "").strip())
+        print("\nFlags:")
+        print(flag_values.get_help(include_special_flags=False).strip("\n"))
+        return DONE
+    try:
+        _reset(flag_values)
+        extra = flag_values(argv)[1:]
+        if extra:
+            raise BadInput(
+                f"unexpected argument {extra[0]!r}; flags look like --name=value, see --help"
+            )
+        return main() or DONE
+    except BadInput as error:
+        return _refuse(str(error))
+    except flags.UnrecognizedFlagError as error:
+        names = [name for name in flag_values if name != error.flagname]
+        return _refuse(f"unknown flag --{error.flagname}{nearest(error.flagname, names)}")
+    except flags.Error as error:
+        return _refuse(str(error))
+
+
+def _reset(flag_values: flags.FlagValues) -> None:
+    """Forgets values of an earlier parse in the same process, so that calls don't leak into each other."""
+    for name in flag_values:
+        if flag_values[name].present:
+            flag_values[name].unparse()
+
+
+def _refuse(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` where a known word is close to ``word``, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(what: str, given: object, allowed: Sequence[object]) -> None:
+    """Raises ``BadInput`` unless ``given`` is one of ``allowed``."""
+    if given not in allowed:
+        hint = nearest(given, map(str, allowed)) if isinstance(given, str) else ""
+        raise BadInput(f"{what} = {given!r}: must be one of {', '.join(map(str, allowed))}{hint}")
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes ``content`` so that ``path`` holds either its old content or all of the new one.
+
+    Raises ``OSError`` (a full disk, a folder that may not be written) with the old content intact.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,389 @@
+"""Every setting of a run, once: an ``ml_collections.ConfigDict`` at the edge, frozen dataclasses inside.
+
+Config files are small Python functions ``get_config(arg)`` under ``configs/`` that start from
+``configs/base.py`` (which is made from the defaults below) and change what they need.
+"""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from lm.command import BadInput, nearest, one_of
+
+RULES_LEARNING_RATE = ("fixed", "width", "kaplan2020", "porian2024", "step_law")
+RULES_BATCH = ("fixed", "porian2024", "step_law")
+RULES_WARMUP = ("fixed", "params")
+
+
+def _positive(section: str, values: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(values, name) > 0:
+            raise BadInput(f"{section}.{name} = {getattr(values, name)!r}: must be above 0")
+
+
+def _not_negative(section: str, values: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(values, name) >= 0:
+            raise BadInput(f"{section}.{name} = {getattr(values, name)!r}: must be 0 or more")
+
+
+def _divides(part: str, part_value: int, whole: str, whole_value: int) -> None:
+    if whole_value % part_value:
+        allowed = [d for d in range(1, whole_value + 1) if whole_value % d == 0]
+        raise BadInput(
+            f"{part} = {part_value}: must divide {whole} = {whole_value}, so one of {', '.join(map(str, allowed))}"
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. The defaults are today's recipe; the alternatives are the papers' comparisons."""
+
+    vocab_size: int = 257  # at least the tokenizer's
+    d_model: int = 64
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 4  # n_heads: MHA; 1: MQA; between: GQA
+    head_width: int = 0  # 0: d_model / n_heads
+    d_ff: int = 176
+    feed_forward: str = "swiglu"  # swiglu | geglu | gelu | relu
+    norm: str = "rms"  # rms | layer
+    norm_position: str = "pre"  # pre | post
+    norm_eps: float = 1e-5
+    position: str = "rope"  # rope | sinusoidal | learned | none
+    rope_base: float = 10_000.0
+    tied: bool = False  # the head is the embedding, transposed
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int = 0  # 0: full causal attention
+    attention_soft_cap: float = 0.0  # 0: none
+    logit_soft_cap: float = 0.0  # 0: none
+    scan_layers: bool = False
+    remat: str = "none"  # none | full
+    dtype: str = "float32"  # of the computation: float32 | bfloat16; parameters stay float32
+
+    def __post_init__(self):
+        _positive(
+            "model",
+            self,
+            "vocab_size",
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "d_ff",
+            "norm_eps",
+            "rope_base",
+        )
+        _not_negative(
+            "model", self, "head_width", "sliding_window", "attention_soft_cap", "logit_soft_cap"
+        )
+        one_of("model.feed_forward", self.feed_forward, ("swiglu", "geglu", "gelu", "relu"))
+        one_of("model.norm", self.norm, ("rms", "layer"))
+        one_of("model.norm_position", self.norm_position, ("pre", "post"))
+        one_of("model.position", self.position, ("rope", "sinusoidal", "learned", "none"))
+        one_of("model.remat", self.remat, ("none", "full"))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _divides("model.n_kv_heads", self.n_kv_heads, "model.n_heads", self.n_heads)
+        if not self.head_width:
+            _divides("model.n_heads", self.n_heads, "model.d_model", self.d_model)
+            object.__setattr__(self, "head_width", self.d_model // self.n_heads)
+        if self.position == "rope" and self.head_width % 2:
+            raise BadInput(
+                f"model.head_width = {self.head_width}: must be even, since RoPE turns pairs of columns"
+            )
+        if self.position == "sinusoidal" and self.d_model % 2:
+            raise BadInput(
+                f"model.d_model = {self.d_model}: must be even, since sinusoidal positions come in pairs"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read. One corpus by name, or a mixture of several with weights."""
+
+    corpus: str = "pd_english"  # pd_english | text (reads `files`) | mixture | a TFDS name with a text feature
+    files: str = ""  # corpus=text: a glob of .txt, .jsonl[.gz|.xz|.zst], .parquet
+    mixture: tuple[
+        tuple[str, float], ...
+    ] = ()  # corpus=mixture: (name or "text:GLOB", weight) pairs
+    tokenizer: str = "bytes"  # bytes | bpe:VOCAB_SIZE | a tokenizer.json
+    seq_len: int = 128
+    respect_documents: bool = False  # attention and loss do not cross documents
+    validation_tokens: int = 262_144
+    data_dir: str = "data"
+
+    def __post_init__(self):
+        _positive("data", self, "seq_len", "validation_tokens")
+        if (self.corpus == "text") != bool(self.files):
+            raise BadInput(
+                f"data.files = {self.files!r} with data.corpus = {self.corpus!r}: files go with corpus 'text'"
+            )
+        if (self.corpus == "mixture") != bool(self.mixture):
+            raise BadInput(
+                f"data.mixture = {self.mixture!r} with data.corpus = {self.corpus!r}: a mixture goes with corpus 'mixture'"
+            )
+        for name, weight in self.mixture:
+            if not weight > 0:
+                raise BadInput(f"data.mixture: weight of {name!r} = {weight!r}: must be above 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Each number with a rule is that rule's scale, and the value itself under the rule ``fixed``."""
+
+    learning_rate: float = 0.003
+    learning_rate_rule: str = "fixed"  # fixed | width | kaplan2020 | porian2024 | step_law
+    base_width: int = 32  # width: matrices' rate = learning_rate * base_width / d_model
+    warmup: float = 0.1
+    warmup_rule: str = "params"  # params: `warmup` tokens a parameter | fixed: `warmup` tokens
+    warmup_max_fraction: float = 0.1  # and never more than this share of the run
+    schedule: str = "cosine"  # cosine | wsd | constant
+    final_fraction: float = 0.0  # the last rate over the peak
+    decay_fraction: float = 0.2  # wsd: the share of the run that decays
+    decay_tokens: int = 0  # cosine's length where it is not the run's own (0: the run's own)
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # 0: none
+
+    def __post_init__(self):
+        _positive("optimizer", self, "learning_rate", "base_width", "eps")
+        _not_negative("optimizer", self, "warmup", "weight_decay", "clip_norm", "decay_tokens")
+        one_of("optimizer.learning_rate_rule", self.learning_rate_rule, RULES_LEARNING_RATE)
+        one_of("optimizer.warmup_rule", self.warmup_rule, RULES_WARMUP)
+        one_of("optimizer.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        for name in ("warmup_max_fraction", "final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"optimizer.{name} = {getattr(self, name)}: must lie in [0, 1]")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"optimizer.{name} = {getattr(self, name)}: must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run: how long, in what bites, and how often it is looked at."""
+
+    tokens: float = 2e6  # D; or
+    flops: float = 0.0  # C: D follows as C / exact training FLOPs a token (0: `tokens` rules)
+    batch_tokens: float = 2_048.0  # tokens an optimizer step, or the scale of batch_rule
+    batch_rule: str = "fixed"  # fixed | porian2024 | step_law
+    accumulation: int = 1  # micro-batches an optimizer step
+    steps_per_dispatch: int = 16  # optimizer steps in one compiled call
+    evaluate_every: int = 0  # optimizer steps between evaluations (0: at the end only)
+    log_every: int = 100  # optimizer steps between lines of metrics.jsonl
+    checkpoint_every: int = 0  # optimizer steps between checkpoints (0: at the end only, -1: none)
+    seed: int = 0
+
+    def __post_init__(self):
+        _not_negative("train", self, "flops", "evaluate_every", "seed")
+        if self.checkpoint_every < -1:
+            raise BadInput(f"train.checkpoint_every = {self.checkpoint_every}: must be -1 or more")
+        _positive(
+            "train",
+            self,
+            "tokens",
+            "batch_tokens",
+            "accumulation",
+            "steps_per_dispatch",
+            "log_every",
+        )
+        one_of("train.batch_rule", self.batch_rule, RULES_BATCH)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what the other axis leaves."""
+
+    data: int = -1
+    model: int = 1
+
+    def __post_init__(self):
+        for name in ("data", "model"):
+            if getattr(self, name) != -1 and getattr(self, name) < 1:
+                raise BadInput(
+                    f"mesh.{name} = {getattr(self, name)}: must be at least 1, or -1 for what is left"
+                )
+        if self.data == self.model == -1:
+            raise BadInput("mesh.data = mesh.model = -1: only one axis can take what is left")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Budgets x sizes. Shapes come from one family: n_layers = round(d_model / aspect), one head width."""
+
+    budgets: tuple[float, ...] = ()  # training FLOPs, ascending
+    sizes: int = 7  # runs a budget, log-spaced around the expected optimum
+    spread: float = 6.0  # the smallest and largest size over the expected optimum
+    first_optimum: float = 14_000.0  # expected N_opt of the lowest budget, parameters
+    prior_exponent: float = 0.5  # N_opt ~ C^this until two budgets below have told
+    widths: tuple[int, ...] = ()  # the ladder's d_model, ascending
+    aspect: float = 16.0  # d_model / n_layers
+    head_width: int = 8
+    query_group: int = 1  # query heads a KV head
+    ff_ratio: float = 8 / 3  # d_ff / d_model
+    ff_multiple: int = 8  # d_ff is rounded to this
+    shapes: tuple[
+        tuple[int, int, int, int, int], ...
+    ] = ()  # or listed: (d_model, d_ff, head_width, n_heads, n_layers)
+    seeds: int = 1  # runs of each (N, D)
+    seeds_small: int = 1  # and of each (N, D) with N below `small`
+    small: float = 50_000.0
+    branches: bool = False  # one stable run per N (schedule wsd) with a decay branch per budget
+
+    def __post_init__(self):
+        if any(b <= 0 for b in self.budgets) or list(self.budgets) != sorted(set(self.budgets)):
+            raise BadInput(
+                f"sweep.budgets = {self.budgets}: must be positive, ascending and different"
+            )
+        if list(self.widths) != sorted(set(self.widths)):
+            raise BadInput(f"sweep.widths = {self.widths}: must be ascending and different")
+        _positive(
+            "sweep",
+            self,
+            "sizes",
+            "first_optimum",
+            "aspect",
+            "head_width",
+            "query_group",
+            "ff_ratio",
+            "ff_multiple",
+        )
+        _positive("sweep", self, "seeds", "seeds_small")
+        if not self.spread > 1:
+            raise BadInput(f"sweep.spread = {self.spread}: must be above 1")
+        for width in self.widths:
+            if width % self.head_width:
+                raise BadInput(
+                    f"sweep.widths: {width} must be a multiple of sweep.head_width = {self.head_width}"
+                )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, or with ``sweep.budgets`` a study."""
+
+    name: str = "base"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    def __post_init__(self):
+        if self.model.sliding_window > self.data.seq_len:
+            raise BadInput(
+                f"model.sliding_window = {self.model.sliding_window}: must be at most data.seq_len = {self.data.seq_len}"
+            )
+        if self.sweep.branches and self.optimizer.schedule != "wsd":
+            raise BadInput(
+                f"sweep.branches = True with optimizer.schedule = {self.optimizer.schedule!r}: branches need 'wsd'"
+            )
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The locked, overridable form of ``config``. Tuples stay tuples, so that they can be overridden."""
+    result = ml_collections.ConfigDict(dataclasses.asdict(config), convert_dict=True)
+    if config.model.head_width * config.model.n_heads == config.model.d_model:
+        result.model.head_width = 0  # follow d_model / n_heads when either is overridden
+    return result.lock()
+
+
+def from_config_dict(given: Any, kind: type = Config, path: str = "config") -> Any:
+    """Turns a ``ConfigDict`` (or plain dict) into the frozen dataclass ``kind``, checking every key and type.
+
+    Raises ``BadInput`` naming the key: unknown (with the nearest known one), of the wrong type, or impossible.
+    """
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    types_of = typing.get_type_hints(kind)
+    for key in given:
+        if key not in known:
+            raise BadInput(
+                f"{path}.{key}: unknown key{nearest(key, known)} (known: {', '.join(known)})"
+            )
+    values = {}
+    for key in given:
+        expected = types_of[key]
+        if dataclasses.is_dataclass(expected):
+            if not hasattr(given[key], "keys"):
+                raise BadInput(
+                    f"{path}.{key} = {given[key]!r}: must be a section ({', '.join(_names(expected))})"
+                )
+            values[key] = from_config_dict(given[key], expected, f"{path}.{key}")
+        else:
+            values[key] = _typed(given[key], expected, f"{path}.{key}")
+    return kind(**values)
+
+
+def _names(kind: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def _typed(value: Any, expected: Any, path: str) -> Any:
+    origin = typing.get_origin(expected)
+    if origin is tuple:
+        inner = typing.get_args(expected)
+        if not isinstance(value, (tuple, list)):
+            raise BadInput(f"{path} = {value!r}: must be a tuple")
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return tuple(_typed(v, inner[0], f"{path}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(inner):
+            raise BadInput(f"{path} = {value!r}: must have {len(inner)} entries")
+        return tuple(
+            _typed(v, t, f"{path}[{i}]") for i, (v, t) in enumerate(zip(value, inner, strict=True))
+        )
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if expected is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
+        raise BadInput(
+            f"{path} = {value!r}: must be of type {expected.__name__}, not {type(value).__name__}"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{path} = {value!r}: must be finite")
+    return value
+
+
+def to_dict(config: Any) -> dict:
+    """Plain JSON-ready dict of a config (tuples become lists)."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [to_dict(v) for v in config] if isinstance(config, (tuple, list)) else config
+
+
+def replace(config: Config, **sections: dict[str, Any]) -> Config:
+    """A copy with some settings changed: ``replace(config, model={"d_model": 32}, train={"seed": 1})``."""
+    changed = {}
+    for section, values in sections.items():
+        old = getattr(config, section)
+        changed[section] = (
+            dataclasses.replace(old, **values) if dataclasses.is_dataclass(old) else values
+        )
+    return dataclasses.replace(config, **changed)
+
+
+def define_config_flag(flag_values: flags.FlagValues) -> None:
+    """Adds ``--config=FILE[:arg]`` with ``--config.section.key=value`` overrides to a command."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, as configs/tiny.py or configs/isoflop_cpu.py:quick.",
+        flag_values=flag_values,
+    )
+
+
+def config_from_flags(flag_values: flags.FlagValues) -> Config:
+    """The validated config that ``--config`` and its overrides describe. Raises ``BadInput``."""
+    if flag_values.config is None:
+        raise BadInput("--config is missing; as --config=configs/tiny.py")
+    return from_config_dict(flag_values.config)
