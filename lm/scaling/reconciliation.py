@@ -1,0 +1,95 @@
+"""Why Kaplan said 0.73 and Chinchilla 0.50: Pearce & Song 2024 (arXiv:2406.12907).
+
+Kaplan counted non-embedding parameters N_E and the compute of those, C_E = 6 N_E D, at sizes where
+embeddings are most of a model. Chinchilla's law in total parameters, seen through
+N_T = N_E + gamma N_E^(1/3), then looks like a steeper power of C_E.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lm.scaling.allocation import Optimum
+from lm.scaling.law import positive
+from lm.scaling.parametric import BESIROGLU2024, ParametricLaw
+
+
+@dataclass(frozen=True)
+class NonEmbeddingView:
+    """A law in total parameters, observed in non-embedding parameters and compute.
+
+    gamma: embedding parameters are gamma N_E^(1/3); 47491 is their value, for a vocabulary of 32,000
+    and d_model / n_layers = 39.2.
+    """
+
+    law: ParametricLaw = BESIROGLU2024
+    gamma: float = 47491.0
+    source: str = "Pearce & Song 2024, section 3"
+
+    def total_params(self, non_embedding_params):
+        n = positive(non_embedding_params, "non_embedding_params")
+        return n + self.gamma * np.cbrt(n)
+
+    def loss(self, non_embedding_params, tokens):
+        return self.law.loss(self.total_params(non_embedding_params), tokens)
+
+    def optimal_tokens(self, non_embedding_params):
+        """The D at which N_E is the best size for its own 6 N_E D, from dL = 0 along that curve.
+
+        alpha A N_T^(-alpha-1) dN_T/dN_E N_E = beta B D^-beta, with dN_T/dN_E = 1 + gamma/3 N_E^(-2/3).
+        """
+        n = positive(non_embedding_params, "non_embedding_params")
+        law = self.law
+        slope = n + self.gamma / 3 * np.cbrt(n)
+        size_side = law.alpha * law.A * self.total_params(n) ** (-law.alpha - 1) * slope
+        return (law.beta * law.B / size_side) ** (1 / law.beta)
+
+    def flops(self, non_embedding_params):
+        """C_E = 6 N_E D of the optimal run of this size (their equation 12)."""
+        return 6 * positive(non_embedding_params, "params") * self.optimal_tokens(non_embedding_params)
+
+    def total_flops(self, non_embedding_params):
+        """6 N_T D along the total-parameter optimum that has these non-embedding parameters."""
+        total = self.total_params(non_embedding_params)
+        return 6 * (total / self.law.G) ** (1 / self.law.a)
+
+    def local_exponent(self, non_embedding_params):
+        """d log N_E / d log C_E at each size; not monotone: it peaks near 1e6 parameters."""
+        n = positive(non_embedding_params, "non_embedding_params")
+        step = 1e-4
+        rise = np.log(self.flops(n * np.exp(step))) - np.log(self.flops(n * np.exp(-step)))
+        return 2 * step / rise
+
+    def fitted_exponent(self, sizes=None, total: bool = False) -> float:
+        """The slope a researcher would fit to (C, N) at `sizes`: Kaplan's range of 20 by default.
+
+        total=False: N_E against C_E; True: N_T against total compute.
+        """
+        sizes = np.logspace(2.9, 9.2, 20) if sizes is None else positive(sizes, "sizes")
+        if total:
+            x, y = self.total_flops(sizes), self.total_params(sizes)
+        else:
+            x, y = self.flops(sizes), sizes
+        return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+    def fitted_loss_exponent(self, sizes=None) -> float:
+        """The slope of log L against log C_E over the same sizes (Kaplan printed -0.057)."""
+        sizes = np.logspace(2.9, 9.2, 20) if sizes is None else positive(sizes, "sizes")
+        losses = self.loss(sizes, self.optimal_tokens(sizes))
+        return float(np.polyfit(np.log(self.flops(sizes)), np.log(losses), 1)[0])
+
+    def exponent_limits(self) -> tuple[float, float]:
+        """The slope for N_E -> 0, beta / (alpha/3 + beta), and for N_E -> infinity, the law's own a."""
+        return self.law.beta / (self.law.alpha / 3 + self.law.beta), self.law.a
+
+    def optimum(self, non_embedding_flops) -> Optimum:
+        """The best (N_E, D) for 6 N_E D = `non_embedding_flops`; C_E(N_E) is inverted by bisection."""
+        flops = positive(non_embedding_flops, "non_embedding_flops")
+        low, high = np.zeros_like(flops), np.full_like(flops, np.log(1e20))
+        for _ in range(100):
+            middle = (low + high) / 2
+            below = self.flops(np.exp(middle)) < flops
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        params = np.exp(low)
+        tokens = flops / (6 * params)
+        return Optimum(flops, params, tokens, self.loss(params, tokens))
