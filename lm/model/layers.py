@@ -1,0 +1,64 @@
+"""What every sublayer is made of: matrices, norms, positions that are added once."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.config import ModelConfig
+from lm.sharding import partitioned
+
+
+class Linear(nn.Module):
+    """``x @ kernel (+ bias)`` over the last axis; float32 parameters, computed in ``dtype``."""
+
+    features: int
+    axes: tuple[str, str]  # logical axes of the kernel
+    scale: float = 1.0  # the kernel's standard deviation is scale / sqrt(fan_in)
+    use_bias: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = x.shape[-1]
+        init = nn.initializers.normal(self.scale / fan_in**0.5)
+        kernel = self.param(
+            "kernel", partitioned(init, *self.axes), (fan_in, self.features), jnp.float32
+        )
+        # Two axes: the backward of (B, T, D) @ (D, F) is slow in XLA on CPU, and no worse elsewhere.
+        y = x.reshape(-1, fan_in) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            zeros = partitioned(nn.initializers.zeros, self.axes[1])
+            y += self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class Norm(nn.Module):
+    """RMSNorm, x / sqrt(mean(x^2) + eps) * gain (Zhang & Sennrich 2019), or LayerNorm, over the last axis."""
+
+    kind: str
+    eps: float
+    axis: str | None = "embed"  # logical axis of the gain
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        x32 = x.astype(jnp.float32)  # bfloat16 squares lose too much
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        x32 = x32 * self.param("gain", partitioned(nn.initializers.ones, self.axis), (width,), jnp.float32)
+        if self.kind == "layer":
+            zeros = partitioned(nn.initializers.zeros, self.axis)
+            x32 = x32 + self.param("bias", zeros, (width,), jnp.float32)
+        return x32.astype(x.dtype)
+
+
+def sinusoidal(n_positions: int, d_model: int) -> jax.Array:
+    """Vaswani et al. 2017, section 3.5: sines in the even columns, cosines in the odd ones. (T, D)."""
+    angle = jnp.arange(n_positions)[:, None] / 10_000 ** (jnp.arange(0, d_model, 2) / d_model)
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(n_positions, d_model)
+
+
+def norm(config: ModelConfig, name: str) -> Norm:
+    """The config's norm."""
+    return Norm(config.norm, config.norm_eps, name=name)

@@ -1,0 +1,90 @@
+"""What a run will do, from its config alone: batch, steps, rates, lengths. Plain arithmetic, no jax."""
+
+from dataclasses import dataclass
+
+from lm import arithmetic
+from lm.command import BadInput
+from lm.config import Config
+from lm.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of a run that its rules decide."""
+
+    params: int  # blocks + head
+    flops_per_token: float  # exact training FLOPs
+    sequences: int  # rows of the global batch
+    n_steps: int  # optimizer steps
+    learning_rate: float  # peak, of the matrices
+    warmup_tokens: float
+    schedule: Schedule
+    batch_tokens: int
+    tokens: int  # D, in whole batches
+
+    @property
+    def flops(self) -> float:
+        """C, exact training FLOPs of the run."""
+        return self.flops_per_token * self.tokens
+
+
+def resolve(config: Config) -> Recipe:
+    """Applies the config's rules for length, batch, rate and warmup.
+
+    Raises ``BadInput`` where accumulation does not divide the batch.
+    """
+    model, train, optimizer = config.model, config.train, config.optimizer
+    seq_len = config.data.seq_len
+    params = arithmetic.parameters(model, seq_len).blocks_and_head
+    flops_per_token = arithmetic.flops_per_token(model, seq_len)
+    tokens = train.flops / flops_per_token if train.flops else train.tokens
+
+    wanted = arithmetic.batch_tokens(train.batch_rule, train.batch_tokens, params, tokens) / seq_len
+    # A rule's batch is rounded onto a ladder so that compiled programs recur; a given one is not.
+    sequences = max(1, round(wanted) if train.batch_rule == "fixed" else arithmetic.round_batch(wanted))
+    if sequences % train.accumulation:
+        raise BadInput(
+            f"train.accumulation = {train.accumulation}: must divide the batch of {sequences} sequences"
+        )
+    batch_tokens = sequences * seq_len
+    n_steps = max(1, round(tokens / batch_tokens))
+    tokens = n_steps * batch_tokens
+
+    rate = arithmetic.learning_rate(
+        optimizer.learning_rate_rule,
+        optimizer.learning_rate,
+        params,
+        tokens,
+        model.d_model,
+        optimizer.base_width,
+    )
+    # Under `width` it is the matrices alone whose rate follows the width.
+    peak = optimizer.learning_rate if optimizer.learning_rate_rule == "width" else rate
+    warmup_tokens = arithmetic.warmup_tokens(
+        optimizer.warmup_rule, optimizer.warmup, params, tokens, optimizer.warmup_max_fraction
+    )
+    warmup = warmup_tokens / batch_tokens
+    if optimizer.schedule == "wsd":
+        decay_steps = optimizer.decay_fraction * n_steps
+        decay_start = n_steps - decay_steps
+    else:
+        decay_start = warmup
+        decay_steps = (optimizer.decay_tokens / batch_tokens or n_steps) - warmup
+    return Recipe(
+        params=params,
+        flops_per_token=flops_per_token,
+        sequences=sequences,
+        n_steps=n_steps,
+        learning_rate=rate,
+        warmup_tokens=warmup_tokens,
+        schedule=Schedule(
+            peak=peak,
+            matrix_scale=rate / peak,
+            warmup=warmup,
+            decay_start=decay_start,
+            decay_steps=decay_steps,
+            final_fraction=optimizer.final_fraction,
+        ),
+        batch_tokens=batch_tokens,
+        tokens=tokens,
+    )
