@@ -5,6 +5,7 @@ Exit codes: 0 done (and ``--help``), 1 a failure, 2 bad input (nothing was writt
 
 import difflib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from absl import flags, logging
 
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+OVERRIDES = "config_overrides"  # the flag that collects every --config.section.key=value
 
 
 class BadInput(ValueError):
@@ -41,6 +43,8 @@ def run(
         return DONE
     try:
         _reset(flag_values)
+        if OVERRIDES in flag_values:
+            argv = [re.sub(r"^--?config\.", f"--{OVERRIDES}=", arg) for arg in argv]
         extra = flag_values(argv)[1:]
         if extra:
             raise BadInput(
