@@ -18,7 +18,7 @@ OVERRIDES = "config_overrides"  # the flag that collects every --config.section.
 
 
 class BadInput(ValueError):
-    """What the user gave cannot be used. The message is one line: what was given, what is allowed."""
+    """What the user gave cannot be used. One line: what was given, what is allowed."""
 
 
 def run(
@@ -27,9 +27,9 @@ def run(
     doc: str | None,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses ``argv`` (default: the process's own) into ``flag_values``, calls ``main``, returns the exit code.
+    """Parses ``argv`` (default: the process's own), calls ``main`` and returns the exit code.
 
-    Flags live in a private ``FlagValues`` per command, so that two commands can be imported together.
+    Flags live in a ``FlagValues`` of the command's own, so that two can be imported together.
     """
     argv = list(sys.argv if argv is None else argv)
     logging.set_verbosity(logging.WARNING)
@@ -61,7 +61,7 @@ def run(
 
 
 def _reset(flag_values: flags.FlagValues) -> None:
-    """Forgets values of an earlier parse in the same process, so that calls don't leak into each other."""
+    """Forgets an earlier parse in the same process, so that calls don't leak into each other."""
     for name in flag_values:
         if flag_values[name].present:
             flag_values[name].unparse()

@@ -1,4 +1,4 @@
-"""Every setting of a run, once: an ``ml_collections.ConfigDict`` at the edge, frozen dataclasses inside.
+"""Every setting of a run, once: a ``ConfigDict`` at the edge, frozen dataclasses inside.
 
 Config files are small Python functions ``get_config(arg)`` under ``configs/`` that start from
 ``configs/base.py`` (which is made from the defaults below) and change what they need.
@@ -44,13 +44,14 @@ def _divides(part: str, part_value: int, whole: str, whole_value: int) -> None:
     if whole_value % part_value:
         allowed = [d for d in range(1, whole_value + 1) if whole_value % d == 0]
         raise BadInput(
-            f"{part} = {part_value}: must divide {whole} = {whole_value}, so one of {', '.join(map(str, allowed))}"
+            f"{part} = {part_value}: must divide {whole} = {whole_value},"
+            f" so one of {', '.join(map(str, allowed))}"
         )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder. The defaults are today's recipe; the alternatives are the papers' comparisons."""
+    """The decoder. The defaults are today's recipe, the alternatives the papers' comparisons."""
 
     vocab_size: int = 257  # at least the tokenizer's
     d_model: int = 64
@@ -103,11 +104,11 @@ class ModelConfig:
             object.__setattr__(self, "head_width", self.d_model // self.n_heads)
         if self.position == "rope" and self.head_width % 2:
             raise BadInput(
-                f"model.head_width = {self.head_width}: must be even, since RoPE turns pairs of columns"
+                f"model.head_width = {self.head_width}: must be even, since RoPE turns column pairs"
             )
         if self.position == "sinusoidal" and self.d_model % 2:
             raise BadInput(
-                f"model.d_model = {self.d_model}: must be even, since sinusoidal positions come in pairs"
+                f"model.d_model = {self.d_model}: must be even, since a sine goes with a cosine"
             )
 
 
@@ -115,11 +116,11 @@ class ModelConfig:
 class DataConfig:
     """What is read. One corpus by name, or a mixture of several with weights."""
 
-    corpus: str = "pd_english"  # pd_english | text (reads `files`) | mixture | a TFDS name with a text feature
+    # pd_english | text (reads `files`) | mixture | a TFDS name with a text feature
+    corpus: str = "pd_english"
     files: str = ""  # corpus=text: a glob of .txt, .jsonl[.gz|.xz|.zst], .parquet
-    mixture: tuple[
-        tuple[str, float], ...
-    ] = ()  # corpus=mixture: (name or "text:GLOB", weight) pairs
+    # corpus=mixture: (name or "text:GLOB", weight) pairs
+    mixture: tuple[tuple[str, float], ...] = ()
     tokenizer: str = "bytes"  # bytes | bpe:VOCAB_SIZE | a tokenizer.json
     seq_len: int = 128
     respect_documents: bool = False  # attention and loss do not cross documents
@@ -130,11 +131,13 @@ class DataConfig:
         _positive("data", self, "seq_len", "validation_tokens")
         if (self.corpus == "text") != bool(self.files):
             raise BadInput(
-                f"data.files = {self.files!r} with data.corpus = {self.corpus!r}: files go with corpus 'text'"
+                f"data.files = {self.files!r} with data.corpus = {self.corpus!r}:"
+                " files go with corpus 'text'"
             )
         if (self.corpus == "mixture") != bool(self.mixture):
             raise BadInput(
-                f"data.mixture = {self.mixture!r} with data.corpus = {self.corpus!r}: a mixture goes with corpus 'mixture'"
+                f"data.mixture = {self.mixture!r} with data.corpus = {self.corpus!r}:"
+                " a mixture goes with corpus 'mixture'"
             )
         for name, weight in self.mixture:
             if not weight > 0:
@@ -143,7 +146,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Each number with a rule is that rule's scale, and the value itself under the rule ``fixed``."""
+    """AdamW. A number with a rule is that rule's scale, and under ``fixed`` the value itself."""
 
     learning_rate: float = 0.003
     learning_rate_rule: str = "fixed"  # fixed | width | kaplan2020 | porian2024 | step_law
@@ -217,7 +220,7 @@ class MeshConfig:
         for name in ("data", "model"):
             if getattr(self, name) != -1 and getattr(self, name) < 1:
                 raise BadInput(
-                    f"mesh.{name} = {getattr(self, name)}: must be at least 1, or -1 for what is left"
+                    f"mesh.{name} = {getattr(self, name)}: must be at least 1, or -1 for the rest"
                 )
         if self.data == self.model == -1:
             raise BadInput("mesh.data = mesh.model = -1: only one axis can take what is left")
@@ -225,7 +228,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Budgets x sizes. Shapes come from one family: n_layers = round(d_model / aspect), one head width."""
+    """Budgets x sizes. Shapes are one family: n_layers = d_model / aspect, one head width."""
 
     budgets: tuple[float, ...] = ()  # training FLOPs, ascending
     sizes: int = 7  # runs a budget, log-spaced around the expected optimum
@@ -238,9 +241,8 @@ class SweepConfig:
     query_group: int = 1  # query heads a KV head
     ff_ratio: float = 8 / 3  # d_ff / d_model
     ff_multiple: int = 8  # d_ff is rounded to this
-    shapes: tuple[
-        tuple[int, int, int, int, int], ...
-    ] = ()  # or listed: (d_model, d_ff, head_width, n_heads, n_layers)
+    # or listed: (d_model, d_ff, head_width, n_heads, n_layers)
+    shapes: tuple[tuple[int, int, int, int, int], ...] = ()
     seeds: int = 1  # runs of each (N, D)
     seeds_small: int = 1  # and of each (N, D) with N below `small`
     small: float = 50_000.0
@@ -270,7 +272,8 @@ class SweepConfig:
         for width in self.widths:
             if width % self.head_width:
                 raise BadInput(
-                    f"sweep.widths: {width} must be a multiple of sweep.head_width = {self.head_width}"
+                    f"sweep.widths: {width} must be a multiple of"
+                    f" sweep.head_width = {self.head_width}"
                 )
 
 
@@ -289,16 +292,18 @@ class Config:
     def __post_init__(self):
         if self.model.sliding_window > self.data.seq_len:
             raise BadInput(
-                f"model.sliding_window = {self.model.sliding_window}: must be at most data.seq_len = {self.data.seq_len}"
+                f"model.sliding_window = {self.model.sliding_window}:"
+                f" must be at most data.seq_len = {self.data.seq_len}"
             )
         if self.sweep.branches and self.optimizer.schedule != "wsd":
             raise BadInput(
-                f"sweep.branches = True with optimizer.schedule = {self.optimizer.schedule!r}: branches need 'wsd'"
+                f"sweep.branches = True with optimizer.schedule = {self.optimizer.schedule!r}:"
+                " branches need 'wsd'"
             )
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """The locked, overridable form of ``config``. Tuples stay tuples, so that they can be overridden."""
+    """The locked form of ``config``, for config files to change and commands to override."""
     result = ml_collections.ConfigDict(dataclasses.asdict(config), convert_dict=True)
     if config.model.head_width * config.model.n_heads == config.model.d_model:
         result.model.head_width = 0  # follow d_model / n_heads when either is overridden
@@ -306,9 +311,9 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
 
 def from_config_dict(given: Any, kind: type = Config, path: str = "config") -> Any:
-    """Turns a ``ConfigDict`` (or plain dict) into the frozen dataclass ``kind``, checking every key and type.
+    """The frozen dataclass ``kind`` of a ``ConfigDict`` or dict, every key and type checked.
 
-    Raises ``BadInput`` naming the key: unknown (with the nearest known one), of the wrong type, or impossible.
+    Raises ``BadInput`` naming the key: unknown (with the nearest), wrongly typed, or impossible.
     """
     known = {f.name: f for f in dataclasses.fields(kind)}
     types_of = typing.get_type_hints(kind)
@@ -323,16 +328,13 @@ def from_config_dict(given: Any, kind: type = Config, path: str = "config") -> A
         if dataclasses.is_dataclass(expected):
             if not hasattr(given[key], "keys"):
                 raise BadInput(
-                    f"{path}.{key} = {given[key]!r}: must be a section ({', '.join(_names(expected))})"
+                    f"{path}.{key} = {given[key]!r}: must be a section"
+                    f" ({', '.join(f.name for f in dataclasses.fields(expected))})"
                 )
             values[key] = from_config_dict(given[key], expected, f"{path}.{key}")
         else:
             values[key] = _typed(given[key], expected, f"{path}.{key}")
     return kind(**values)
-
-
-def _names(kind: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(kind)]
 
 
 def _typed(value: Any, expected: Any, path: str) -> Any:
@@ -368,15 +370,17 @@ def to_dict(config: Any) -> dict:
     return [to_dict(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
-def replace(config: Config, **sections: dict[str, Any]) -> Config:
-    """A copy with some settings changed: ``replace(config, model={"d_model": 32}, train={"seed": 1})``."""
-    changed = {}
+def replace(config: Config, **sections: Any) -> Config:
+    """A copy with some settings changed: ``replace(config, model={"d_model": 32}, name="small")``.
+
+    As on the command line, a head width that is ``d_model / n_heads`` follows either of them.
+    """
+    changed = to_config_dict(config).unlock()
     for section, values in sections.items():
-        old = getattr(config, section)
-        changed[section] = (
-            dataclasses.replace(old, **values) if dataclasses.is_dataclass(old) else values
-        )
-    return dataclasses.replace(config, **changed)
+        if isinstance(values, dict):
+            values = {**changed[section].to_dict(), **values}
+        changed[section] = values
+    return from_config_dict(changed)
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:
