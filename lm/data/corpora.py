@@ -1,0 +1,108 @@
+"""Corpora by name. A corpus is a key (what it holds, without reading it) and a way to read its documents."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lm.command import BadInput
+from lm.data import pd_english
+
+# tensorflow_datasets is imported only where there is something to build or to read: a prepared store
+# opens without it, in milliseconds.
+
+SPLITS = ("train", "validation", "test")
+
+
+class Document(NamedTuple):
+    """One document: its text, the source within the corpus, and its split where the corpus says (else by hash)."""
+
+    text: str
+    source: str
+    split: str = ""
+
+
+class Corpus(NamedTuple):
+    """``key`` changes when the text does; ``read`` yields every document, in the same order each time.
+
+    ``read`` raises ``BadInput`` naming the file where something cannot be read.
+    """
+
+    name: str
+    key: str
+    read: Callable[[], Iterator[Document]]
+
+
+def find(name: str, files: str, data_dir: Path) -> Corpus:
+    """The corpus ``name``: ``pd_english``, ``text`` (with a glob in ``files``), ``text:GLOB``, or a TFDS name.
+
+    Reads nothing but the user's own files (to know their content's hash).
+    """
+    if name == "text" or name.startswith("text:"):
+        from lm.data import local
+
+        return local.corpus(files if name == "text" else name.removeprefix("text:"), data_dir)
+    if name == "pd_english":
+        return Corpus(name, pd_english.KEY, lambda: _read_pd_english(data_dir))
+    key = hashlib.sha256(f"tfds {name}".encode()).hexdigest()
+    return Corpus(name, key, lambda: _read_tfds(name, data_dir))
+
+
+def _read_pd_english(data_dir: Path) -> Iterator[Document]:
+    from lm.data import pd_english_builder
+
+    for example in pd_english_builder.data_source(data_dir):
+        yield Document(example["text"].decode(), example["source"].decode())
+
+
+def _read_tfds(name: str, data_dir: Path) -> Iterator[Document]:
+    """Documents of any TFDS data set with a text feature; ``name`` may be a folder that TFDS has prepared."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    folder = data_dir / "tfds"
+    try:
+        if Path(name, "dataset_info.json").exists():
+            builder = tfds.builder_from_directory(name)
+        else:
+            builder = tfds.builder(
+                name, data_dir=folder, file_format=tfds.core.FileFormat.ARRAY_RECORD
+            )
+            builder.download_and_prepare()
+        features = builder.info.features
+        feature = _text_feature(name, features)
+        sources = {split: builder.as_data_source(split=split) for split in builder.info.splits}
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a builder's download and parsing may raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(
+            f"data.corpus = {name!r}: not pd_english, text or mixture, and TFDS cannot prepare it ({reason})"
+        ) from error
+    for split, examples in sources.items():
+        wanted = split if split in SPLITS else "train"
+        # A validation or test split of its own is kept; what is missing is held out of train by hash.
+        own = "" if wanted == "train" else wanted
+        for index, example in enumerate(examples):
+            try:
+                text = example[feature].decode()
+            except UnicodeDecodeError as error:
+                raise BadInput(
+                    f"{name}, split {split}, example {index}: invalid UTF-8 at byte {error.start}"
+                ) from error
+            if text:  # a published data set may hold empty documents; nobody here can mend it
+                yield Document(text, name, own)
+
+
+def _text_feature(name: str, features) -> str:
+    """The feature ``text``, or the only text feature there is."""
+    import tensorflow_datasets as tfds
+
+    texts = [key for key, kind in features.items() if isinstance(kind, tfds.features.Text)]
+    if "text" in texts:
+        return "text"
+    if len(texts) != 1:
+        raise BadInput(
+            f"data.corpus = {name!r}: needs a feature 'text' or exactly one text feature, has {sorted(features)}"
+        )
+    return texts[0]

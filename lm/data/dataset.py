@@ -1,0 +1,260 @@
+"""From a prepared store to batches: ``batch(seed, step)`` is a pure function, the same on any number of hosts.
+
+Axes: N steps, B rows of the global batch, T positions.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.command import BadInput, write_atomically
+from lm.config import DataConfig
+from lm.data import corpora, mixture, order, store, tokenizers
+from lm.data.corpora import Corpus
+from lm.data.tokenizers import Tokenizer
+
+VALIDATION_SEED = 0  # the fixed choice of held-out windows, whatever a run's own seed
+
+
+class Batch(NamedTuple):
+    """Position t of ``inputs_BT`` is trained to give position t of ``targets_BT``, the token that follows.
+
+    ``weights_BT`` (float32, None = all 1) is 0 where a target does not count: in padding rows, and where it
+    belongs to another document than its input. ``segments_BT`` numbers the documents of a row from 0 and
+    ``positions_BT`` counts from each one's start (from the window's start for the first); both are None
+    unless documents are respected.
+    """
+
+    inputs_BT: np.ndarray
+    targets_BT: np.ndarray
+    weights_BT: np.ndarray | None = None
+    segments_BT: np.ndarray | None = None
+    positions_BT: np.ndarray | None = None
+
+
+class Source(NamedTuple):
+    """One corpus of the dataset: its store, its weight, and the windows of each split as views (window, T + 1)."""
+
+    name: str
+    weight: float
+    store: store.Store
+    windows: dict[str, np.ndarray]
+
+
+class Dataset:
+    """The corpora of a config as windows of ``seq_len`` + 1 tokens at stride ``seq_len``. See ``open_dataset``."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: list[Source]):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.sources = sources
+        self.vocab_size: int = tokenizer.vocab_size
+        self.token_bytes: np.ndarray = tokenizer.token_bytes  # int32[vocab_size]
+        keys = "+".join(s.store.header["corpus_key"][:8] for s in sources)
+        self.fingerprint = f"{config.corpus}:{keys}/{config.tokenizer}:{tokenizer.fingerprint}"
+        self._weights = [s.weight for s in sources]
+
+    @property
+    def train_tokens(self) -> int:
+        """Targets in one epoch of all sources."""
+        return sum(self._targets(s) for s in self.sources)
+
+    def _targets(self, source: Source) -> int:
+        return len(source.windows["train"]) * self.config.seq_len
+
+    @property
+    def statistics(self) -> dict:
+        """Documents, bytes and tokens per corpus, source and split, as in the stores' headers."""
+        return {
+            "schema": store.SCHEMA,
+            "tokenizer": self.tokenizer.name,
+            "vocab_size": self.vocab_size,
+            "corpora": {
+                s.name: {"weight": s.weight, "sources": s.store.header["sources"]}
+                for s in self.sources
+            },
+        }
+
+    def epochs(self, tokens: float) -> dict[str, float]:
+        """Passes over each corpus in a run of ``tokens`` tokens."""
+        sizes = {s.name: self._targets(s) for s in self.sources}
+        return mixture.epochs(tokens, sizes, {s.name: s.weight for s in self.sources})
+
+    def batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """The rows ``rows`` of the ``step``-th global batch of ``batch_size`` rows; axes B, T."""
+        batch = self.batches(seed, step, 1, batch_size, rows)
+        return Batch(*(None if x is None else x[0] for x in batch))
+
+    def batches(
+        self, seed: int, first_step: int, n_steps: int, batch_size: int, rows: slice = slice(None)
+    ) -> Batch:
+        """``n_steps`` consecutive batches in one gather; axes N, B, T.
+
+        Every window of a corpus is read once an epoch, in an order drawn anew for each.
+        """
+        steps_N1 = np.arange(first_step, first_step + n_steps, dtype=np.int64)[:, None]
+        rows_NB = steps_N1 * batch_size + np.arange(batch_size, dtype=np.int64)[rows]
+        tokens = self._train_windows(rows_NB.ravel(), seed)
+        return self._batch(tokens.reshape(*rows_NB.shape, -1))
+
+    def _train_windows(self, rows: np.ndarray, seed: int) -> np.ndarray:
+        """int32 (rows, T + 1)"""
+        source_of, local = mixture.assign(rows, self._weights, seed)
+        result = np.empty((len(rows), self.config.seq_len + 1), np.int32)
+        for i, source in enumerate(self.sources):
+            mine = source_of == i
+            windows = source.windows["train"]
+            epoch, index = np.divmod(local[mine], len(windows))
+            result[mine] = windows[order.permute(index, len(windows), order.key(seed, i, epoch))]
+        return result
+
+    def _batch(self, tokens: np.ndarray, weights: np.ndarray | None = None) -> Batch:
+        inputs, targets = tokens[..., :-1], tokens[..., 1:]
+        if not self.config.respect_documents:
+            return Batch(inputs, targets, weights)
+        # Only the mark itself ends a document: no text encodes to it.
+        ends = inputs == self.tokenizer.end_of_text
+        segments = np.cumsum(ends, axis=-1, dtype=np.int32) - ends
+        index = np.arange(inputs.shape[-1], dtype=np.int32)
+        starts = np.zeros_like(inputs)
+        starts[..., 1:] = np.where(ends[..., :-1], index[1:], 0)
+        positions = index - np.maximum.accumulate(starts, axis=-1)
+        within = (~ends).astype(np.float32)
+        weights = within if weights is None else weights * within
+        return Batch(inputs, targets, weights, segments, positions)
+
+    def validation(self, batch_size: int) -> Iterator[Batch]:
+        """The fixed validation windows: ``data.validation_tokens`` in whole windows, corpora by weight.
+
+        Weights are always there; the last batch is filled up with rows of weight 0.
+        """
+        return self._held_out("validation", batch_size)
+
+    def test(self, batch_size: int) -> Iterator[Batch]:
+        """As ``validation``, from the test split; all of it where it is smaller than ``data.validation_tokens``."""
+        return self._held_out("test", batch_size)
+
+    def _held_out(self, split: str, batch_size: int) -> Iterator[Batch]:
+        parts = [
+            windows[np.sort(chosen)].astype(np.int32)
+            for windows, chosen in zip(
+                (s.windows[split] for s in self.sources), self._chosen(split), strict=True
+            )
+        ]
+        tokens = np.concatenate(parts)
+        for first in range(0, len(tokens), batch_size):
+            part = tokens[first : first + batch_size]
+            weights = np.ones((batch_size, part.shape[1] - 1), np.float32)
+            weights[len(part) :] = 0
+            padding = np.zeros((batch_size - len(part), part.shape[1]), np.int32)
+            yield self._batch(np.concatenate([part, padding]), weights)
+
+    def _chosen(self, split: str) -> list[np.ndarray]:
+        """Indices of the held-out windows of each corpus: spread over the split, so over all its sources."""
+        wanted = self.config.validation_tokens // self.config.seq_len
+        result = []
+        for i, source in enumerate(self.sources):
+            n_windows = len(source.windows[split])
+            n = round(wanted * source.weight)
+            n = min(n, n_windows) if split == "test" else n
+            keys = order.key(VALIDATION_SEED, i)
+            result.append(order.permute(np.arange(n, dtype=np.int64), n_windows, keys))
+        return result
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Opens the corpora of ``config``, preparing first what is missing (download, tokenizer, store).
+
+    Prepared, it takes milliseconds and works offline. Raises ``BadInput`` with one line that names what is
+    wrong, and ``OSError`` where the disk is full; neither leaves anything half-written behind.
+    """
+    data_dir = Path(config.data_dir)
+    if config.corpus == "mixture":
+        named = [(corpora.find(name, "", data_dir), weight) for name, weight in config.mixture]
+    else:
+        named = [(corpora.find(config.corpus, config.files, data_dir), 1.0)]
+    total = sum(weight for _, weight in named)
+    surveys: dict[str, store.Survey] = {}
+    tokenizer = _tokenizer(config.tokenizer, [c for c, _ in named], data_dir, surveys)
+    sources = []
+    for corpus, weight in named:
+        opened = _opened(corpus, tokenizer, data_dir, surveys)
+        windows = {s: _windows(opened.tokens[s], config.seq_len) for s in corpora.SPLITS}
+        sources.append(Source(corpus.name, weight / total, opened, windows))
+    _check(config, sources)
+    return Dataset(config, tokenizer, sources)
+
+
+def _tokenizer(
+    name: str, named: list[Corpus], data_dir: Path, surveys: dict[str, store.Survey]
+) -> Tokenizer:
+    if name == "bytes":
+        return tokenizers.ByteTokenizer()
+    size = tokenizers.bpe_size(name)
+    if size is None:
+        if not name.endswith(".json"):
+            raise BadInput(
+                f"data.tokenizer = {name!r}: must be bytes, bpe:SIZE, or the path of a tokenizer.json"
+            )
+        return tokenizers.JsonTokenizer(name)
+    path = data_dir / "tokenizers" / f"bpe-{size}-{_joint_key(named)}.json"
+    if not path.exists():
+        with store.preparing(data_dir):
+            if not path.exists():
+                texts = (t for c in named for t in store.training_texts(c, _survey(c, surveys)))
+                write_atomically(path, tokenizers.train_bpe(texts, size))
+    return tokenizers.JsonTokenizer(path, name)
+
+
+def _joint_key(named: list[Corpus]) -> str:
+    return hashlib.sha256(" ".join(c.key for c in named).encode()).hexdigest()[:12]
+
+
+def _survey(corpus: Corpus, surveys: dict[str, store.Survey]) -> store.Survey:
+    if corpus.key not in surveys:
+        surveys[corpus.key] = store.survey(corpus)
+    return surveys[corpus.key]
+
+
+def _opened(
+    corpus: Corpus, tokenizer: Tokenizer, data_dir: Path, surveys: dict[str, store.Survey]
+) -> store.Store:
+    path = store.path_of(corpus, tokenizer, data_dir)
+    if found := store.load(path):
+        return found
+    with store.preparing(data_dir):
+        if not (found := store.load(path)):  # another process may have been first
+            store.write(path, corpus, tokenizer, _survey(corpus, surveys))
+            found = store.load(path)
+    return found
+
+
+def _windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+    """View (window, T + 1) at stride T: the last token of a window is the first of the next."""
+    if len(tokens) < seq_len + 1:
+        return np.empty((0, seq_len + 1), tokens.dtype)
+    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
+
+
+def _check(config: DataConfig, sources: list[Source]) -> None:
+    for source in sources:
+        tokens, windows = len(source.store.tokens["train"]), source.windows
+        if not len(windows["train"]):
+            raise BadInput(
+                f"data.seq_len = {config.seq_len}: must be at most {tokens - 1}, since corpus {source.name}"
+                f" has {tokens} training tokens"
+            )
+        # The largest setting that every source can serve at its weight.
+        most = int(len(windows["validation"]) / source.weight) * config.seq_len
+        if config.validation_tokens // config.seq_len * source.weight > len(windows["validation"]):
+            raise BadInput(
+                f"data.validation_tokens = {config.validation_tokens}: must be at most {most}, what the"
+                f" held-out documents of corpus {source.name} give at data.seq_len = {config.seq_len}"
+            )
+    if config.validation_tokens < config.seq_len:
+        raise BadInput(
+            f"data.validation_tokens = {config.validation_tokens}: must be at least data.seq_len = {config.seq_len}"
+        )

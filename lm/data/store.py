@@ -1,0 +1,239 @@
+"""The token store: one tokenised corpus, memory-mapped; a folder that is whole or isn't there.
+
+    stores/<corpus>-<tokenizer>-<key>/
+        train.bin, validation.bin, test.bin    uint16 or uint32 ids, an end of text after each document
+        header.json                            sizes, hashes, statistics, and a checksum of itself
+
+The folder is written under another name and renamed when everything is on the disk.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.command import BadInput
+from lm.data.corpora import SPLITS, Corpus, Document
+from lm.data.tokenizers import Tokenizer
+
+SCHEMA = 1
+# Shares of a source's bytes that are held out (whole documents, by hash), and the most of them in all:
+# beyond 64 MB a larger validation set buys nothing.
+HELD_OUT = {"validation": 0.04, "test": 0.02}
+MOST_HELD_OUT_BYTES = 64e6
+ENCODE_BATCH = 256  # documents at a time
+
+
+class Survey(NamedTuple):
+    """What one reading of a corpus tells: the split of each document in order ("" = dropped) and the counts."""
+
+    splits: list[str]
+    sources: dict[str, dict]
+
+
+def survey(corpus: Corpus) -> Survey:
+    """Reads ``corpus`` once, drops exact duplicates, and holds documents out by the hash of their text.
+
+    Within each source the documents with the smallest hashes are validation, the next test, until each has its
+    share: so the same text lands on the same side whatever the order, and every source is held out.
+    Raises ``BadInput`` for an empty corpus, or one with too few documents to hold any out.
+    """
+    hashes, sizes, sources, splits = [], [], [], []
+    seen: set[bytes] = set()
+    counts: dict[str, dict] = {}
+    for document in corpus.read():
+        data = document.text.encode()
+        digest = hashlib.blake2b(data, digest_size=12).digest()
+        of_source = counts.setdefault(document.source, {"duplicates_removed": 0})
+        repeated = digest in seen
+        of_source["duplicates_removed"] += repeated
+        seen.add(digest)
+        hashes.append(int.from_bytes(digest[:8], "big"))
+        sizes.append(len(data))
+        sources.append(document.source)
+        splits.append("" if repeated else document.split or "train")
+    if not hashes:
+        raise BadInput(f"corpus {corpus.name}: holds no documents")
+    wanted = [s for s in HELD_OUT if s not in splits]
+    total = sum(sizes)
+    for source in counts:
+        members = [i for i, s in enumerate(sources) if s == source and splits[i] == "train"]
+        members.sort(key=hashes.__getitem__)
+        of_train = sum(sizes[i] for i in members)
+        for split in wanted:
+            share = min(HELD_OUT[split], MOST_HELD_OUT_BYTES / total)
+            taken = 0
+            while len(members) > 2 and taken < share * of_train:
+                splits[members[0]] = split
+                taken += sizes[members.pop(0)]
+    for split in SPLITS:
+        if split not in splits:
+            raise BadInput(
+                f"corpus {corpus.name}: {len(seen)} different documents are too few for a {split} split"
+            )
+    for i, split in enumerate(splits):
+        if split:
+            entry = counts[sources[i]].setdefault(split, {"documents": 0, "bytes": 0, "tokens": 0})
+            entry["documents"] += 1
+            entry["bytes"] += sizes[i]
+    return Survey(splits, counts)
+
+
+def training_texts(corpus: Corpus, found: Survey) -> Iterator[str]:
+    """Texts of the training split: what a tokenizer may learn from."""
+    for document, split in zip(corpus.read(), found.splits, strict=True):
+        if split == "train":
+            yield document.text
+
+
+def path_of(corpus: Corpus, tokenizer: Tokenizer, data_dir: Path) -> Path:
+    """The store's folder for this corpus and tokenizer."""
+    identity = f"{SCHEMA} {corpus.key} {tokenizer.fingerprint}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    names = (Path(n).stem if "/" in n else n for n in (corpus.name, tokenizer.name))
+    slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", n).strip("_")[:40] for n in names)
+    return data_dir / "stores" / f"{slug}-{key}"
+
+
+class Store(NamedTuple):
+    """An open store: ids of each split (memory-mapped, one axis) and the header."""
+
+    path: Path
+    tokens: dict[str, np.ndarray]
+    header: dict
+
+
+def load(path: Path, verify: bool = False) -> Store | None:
+    """The store at ``path``, or None where there is none. ``verify`` reads every byte against its hash.
+
+    Raises ``BadInput`` naming the file that is damaged.
+    """
+    try:
+        header = json.loads((path / "header.json").read_text())
+    except FileNotFoundError:
+        if path.exists():
+            raise BadInput(f"{path}: has no header.json; delete the folder and run again") from None
+        return None
+    except ValueError:
+        header = {}
+    if header.get("checksum") != _checksum(header):
+        raise BadInput(f"{path / 'header.json'}: damaged; delete the folder and run again")
+    tokens = {}
+    for split in SPLITS:
+        file, entry = path / f"{split}.bin", header["files"][split]
+        size = file.stat().st_size if file.exists() else -1
+        if size != entry["bytes"] or (verify and _sha256(file) != entry["sha256"]):
+            raise BadInput(f"{file}: damaged; delete the folder {path} and run again")
+        # np.memmap's own class costs microseconds at every indexing; its plain view does not.
+        tokens[split] = np.asarray(np.memmap(file, header["dtype"], "r")) if size else np.zeros(0)
+    return Store(path, tokens, header)
+
+
+def write(path: Path, corpus: Corpus, tokenizer: Tokenizer, found: Survey) -> None:
+    """Tokenises ``corpus`` into a store at ``path``. Raises ``OSError`` for a full disk, with nothing left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*"):  # left by a killed process; the lock is ours
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        _write_files(temporary, corpus, tokenizer, found)
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():  # another machine on the same file system was first
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno, "no space left to write the token store", str(path)
+            ) from error
+        raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, found: Survey) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    statistics = json.loads(json.dumps(found.sources))
+    with contextlib.ExitStack() as stack:
+        files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
+        for batch in _batches(corpus, found):
+            encoded = tokenizer.encode_batch([document.text for document, _ in batch])
+            for (document, split), ids in zip(batch, encoded, strict=True):
+                ids = np.append(ids, tokenizer.end_of_text).astype(dtype)
+                _write(files[split], ids.tobytes())
+                statistics[document.source][split]["tokens"] += len(ids)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    header = {
+        "schema": SCHEMA,
+        "corpus": corpus.name,
+        "corpus_key": corpus.key,
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "dtype": dtype.name,
+        "files": {
+            split: {
+                "bytes": (folder / f"{split}.bin").stat().st_size,
+                "sha256": _sha256(folder / f"{split}.bin"),
+            }
+            for split in SPLITS
+        },
+        "sources": statistics,
+    }
+    header["checksum"] = _checksum(header)
+    with open(folder / "header.json", "w") as file:
+        json.dump(header, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _batches(corpus: Corpus, found: Survey) -> Iterator[list[tuple[Document, str]]]:
+    batch = []
+    for document, split in zip(corpus.read(), found.splits, strict=True):
+        if split:
+            batch.append((document, split))
+        if len(batch) == ENCODE_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _write(file, data: bytes) -> None:
+    file.write(data)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(header: dict) -> str:
+    content = {key: value for key, value in header.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def preparing(data_dir: Path) -> Iterator[None]:
+    """One process at a time prepares in ``data_dir``; the lock goes with the process that holds it."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with open(data_dir / ".lock", "w") as file:
+        # A file system without locks only loses the waiting: folders are still renamed when whole.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
