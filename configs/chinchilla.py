@@ -110,7 +110,7 @@ def get_config(size="70b"):
 
 
 def _learning_rate(params):
-    """2e-4 for the smallest to 1.25e-4 for the largest, as the paper says; even in log N between."""
+    """The paper has 2e-4 for the smallest to 1.25e-4 for the largest; even in log N between."""
     smallest, largest = TABLE_A9[0][0] * 1e6, TABLE_A9[-1][0] * 1e6
     position = math.log(params / smallest) / math.log(largest / smallest)
     return 2e-4 * (1.25e-4 / 2e-4) ** position

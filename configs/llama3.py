@@ -4,8 +4,8 @@
         --config.data.tokenizer=PATH/tokenizer.json
 
 Stored parameters 8.03e9, 70.55e9, 405.85e9; N (blocks and head) 7.50e9, 69.50e9, 403.75e9; exact
-training FLOPs 8.69e23, 7.22e24, 4.10e25 for 15e12, 15e12 and 15.6e12 tokens at 8,192 a sequence. (By
-``lm.arithmetic``; the paper prints 3.8e25 for the largest, which is 6ND. Not trained here.)
+training FLOPs 8.69e23, 7.22e24, 4.10e25 for 15e12, 15e12 and 15.6e12 tokens at 8,192 a sequence.
+(By ``lm.arithmetic``; the paper prints 3.8e25 for the largest, which is 6ND. Not trained here.)
 """
 
 from configs import base

@@ -191,6 +191,7 @@ class TrainConfig:
     evaluate_every: int = 0  # optimizer steps between evaluations (0: at the end only)
     log_every: int = 100  # optimizer steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # optimizer steps between checkpoints (0: at the end only, -1: none)
+    checkpoint_at: tuple[int, ...] = ()  # optimizer steps whose checkpoints are kept for ever
     seed: int = 0
 
     def __post_init__(self):
@@ -431,16 +432,16 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise BadInput(f"--config.{key}: must be written --config.{key}=VALUE")
+    sections = {name: list(config[name]) for name in config if hasattr(config[name], "keys")}
+    known = [f"{section}.{name}" for section, names in sections.items() for name in names]
+    known += [name for name in config if name not in sections]
     section, _, name = key.rpartition(".")
-    known = [f"{outer}.{inner}" for outer in config for inner in _keys(config[outer])]
-    known += [outer for outer in config if not _keys(config[outer])]
-    holder = config.get(section, config)
+    holder = config[section] if section in sections else config
+    if key in sections:
+        raise BadInput(f"--config.{key}: a section; set one of {', '.join(holder[key])} in it")
     if key not in known:
-        if _keys(config.get(key)):
-            raise BadInput(f"--config.{key}: a section; set one of {', '.join(config[key])} in it")
-        raise BadInput(
-            f"--config.{key}: unknown key{nearest(key, known)} (known: {', '.join(holder)})"
-        )
+        hint = nearest(key, known)
+        raise BadInput(f"--config.{key}: unknown key{hint} (known: {', '.join(holder)})")
     value: Any = text
     if not isinstance(holder[name], str):
         try:
@@ -449,10 +450,6 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
             pass  # stays text, which `from_config_dict` refuses by name
     with holder.ignore_type():
         holder[name] = value
-
-
-def _keys(value: Any) -> list[str]:
-    return list(value) if isinstance(value, ml_collections.ConfigDict) else []
 
 
 def define_config_flag(flag_values: flags.FlagValues) -> None:

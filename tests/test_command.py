@@ -1,0 +1,159 @@
+"""The edge of every command: exit codes, single lines, atomic files."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from lm import command
+from lm.command import BadInput
+from lm.config import config_from_flags, define_config_flag
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def call(capsys):
+    """``call(main, *arguments) -> (exit code, stdout, stderr)`` with --size and --config flags."""
+    flag_values = flags.FlagValues()
+    flags.DEFINE_integer("size", 3, "How many.", lower_bound=1, flag_values=flag_values)
+    flags.DEFINE_string("runs", None, "Which.", flag_values=flag_values)
+    define_config_flag(flag_values)
+
+    def call(main, *arguments):
+        code = command.run(
+            lambda: main(flag_values), flag_values, "What it does.", ["x", *arguments]
+        )
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_returns_mains_exit_code(call):
+    assert call(lambda flags: None) == (0, "", "")
+    assert call(lambda flags: command.PREEMPTED)[0] == 75
+    assert call(lambda flags: print(flags.size, flags.runs), "--size=5", "--runs", "a b") == (
+        0,
+        "5 a b\n",
+        "",
+    )
+
+
+def test_help_is_0_and_names_every_flag(call):
+    for spelling in ("--help", "-h"):
+        code, out, err = call(lambda flags: 1 / 0, spelling)
+        assert code == 0 and err == ""
+        assert out.startswith("What it does.") and "--size" in out and "--config" in out
+
+
+@pytest.mark.parametrize(
+    "argument, says",
+    [
+        ("--siz=3", "unknown flag --siz; did you mean 'size'?"),
+        ("--size=many", "flag --size=many: invalid literal"),
+        ("--size=0", "flag --size=0: 0 is not a positive integer"),
+        ("--size", "Missing value for flag --size"),
+        ("size=3", "unexpected argument 'size=3'; flags look like --name=value"),
+    ],
+)
+def test_bad_flags_are_2_and_one_line(call, argument, says):
+    code, out, err = call(lambda flags: 1 / 0, argument)
+    assert (code, out) == (2, "") and says in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_bad_input_is_2_and_one_line(call):
+    def main(flags):
+        raise BadInput("given\n  this,\n  allowed that")
+
+    assert call(main) == (2, "", "error: given this, allowed that\n")
+
+
+def test_a_failure_is_no_bad_input(call):
+    with pytest.raises(ZeroDivisionError):
+        call(lambda flags: 1 / 0)
+
+
+def test_flags_of_an_earlier_call_are_forgotten(call, monkeypatch):
+    show = lambda flags: print(flags.size, config_from_flags(flags).model.d_model)  # noqa: E731
+    monkeypatch.chdir(ROOT)
+    assert call(show, "--size=5", "--config.model.d_model=48", "--config=configs/base.py") == (
+        0,
+        "5 48\n",
+        "",
+    )
+    assert call(show, "--config=configs/base.py") == (0, "3 64\n", "")
+    code, _, err = call(show)
+    assert code == 2 and err == "error: --config is missing; as --config=configs/tiny.py\n"
+
+
+def test_a_command_without_a_config_knows_no_overrides(capsys):
+    flag_values = flags.FlagValues()
+    assert command.run(lambda: 1 / 0, flag_values, "", ["x", "--config.model.d_model=3"]) == 2
+    assert "unknown flag --config.model.d_model" in capsys.readouterr().err
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+            import sys
+            from absl import flags
+            from lm import command
+            from lm.config import config_from_flags, define_config_flag
+            FLAGS = flags.FlagValues()
+            define_config_flag(FLAGS)
+            sys.exit(command.run(lambda: print(config_from_flags(FLAGS).name), FLAGS, __doc__))
+        """)
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*arguments):
+        result = subprocess.run(
+            [sys.executable, script, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        return result.returncode, result.stdout, result.stderr
+
+    config = f"--config={ROOT}/configs/tiny.py"
+    assert run(config) == (0, "tiny\n", "")
+    code, out, err = run(config, "--config.model.d_modle=3")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(
+        "error: --config.model.d_modle: unknown key; did you mean 'model.d_model'"
+    )
+
+
+def test_nearest_and_one_of():
+    assert command.nearest("d_modle", ["d_model", "n_heads"]) == "; did you mean 'd_model'?"
+    assert command.nearest("zzz", ["d_model"]) == ""
+    command.one_of("x", "a", ("a", "b"))
+    with pytest.raises(BadInput, match="x = 'c': must be one of a, b$"):
+        command.one_of("x", "c", ("a", "b"))
+    with pytest.raises(BadInput, match="x = 3: must be one of 1, 2$"):
+        command.one_of("x", 3, (1, 2))
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "law.json"
+    command.write_atomically(path, "old")
+    assert path.read_text() == "old" and (path.stat().st_mode & 0o777) == 0o644
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(os, "fsync", full_disk)
+        command.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["law.json"]
+    command.write_atomically(path, b"\x00new")
+    assert path.read_bytes() == b"\x00new"

@@ -1,0 +1,101 @@
+"""Every shipped config loads, refuses a wrong argument, and has the size its docstring states."""
+
+import csv
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+
+from lm import arithmetic
+from lm.command import BadInput
+from lm.config import load
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = Path(os.environ.get("LM_PUBLISHED_RUNS", ROOT.parent / "shared" / "data"))
+
+ARGUMENTS = {  # the documented arguments; without an entry, none
+    "chinchilla": ["", "44m", "16183m"],
+    "isoflop_cpu": ["quick", "full", "smoke"],
+    "llama3": ["8b", "70b", "405b"],
+}
+SHIPPED = [
+    f"configs/{path.name}" + (f":{argument}" if argument else "")
+    for path in sorted(ROOT.glob("configs/[!_]*.py"))
+    for argument in ARGUMENTS.get(path.stem, [""])
+]
+
+STATED = {  # stored parameters, N, exact FLOPs of the run
+    "configs/chinchilla.py": (64.69e9, 64.69e9, 5.66e23),
+    "configs/chinchilla.py:44m": (41.6e6, 41.6e6, 3.08e17),
+    "configs/llama3.py:8b": (8.03e9, 7.50e9, 8.69e23),
+    "configs/llama3.py:70b": (70.55e9, 69.50e9, 7.22e24),
+    "configs/llama3.py:405b": (405.85e9, 403.75e9, 4.10e25),
+}
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("spec", SHIPPED)
+def test_loads_and_is_documented(spec):
+    config = load(spec)
+    path, _, argument = spec.partition(":")
+    assert config.name.startswith(Path(path).stem)
+    if path != "configs/base.py":
+        command = f"--config={path}" + (f":{argument}" if argument == "quick" else "")
+        assert command in Path(path).read_text()
+
+
+@pytest.mark.parametrize("path", sorted({spec.partition(":")[0] for spec in SHIPPED}))
+def test_refuses_an_unknown_argument_in_one_line(path):
+    with pytest.raises(BadInput) as refused:
+        load(f"{path}:nonsense")
+    assert "\n" not in str(refused.value)
+    assert "takes no argument" in str(refused.value) or "'nonsense': must be one of" in str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize("spec", STATED)
+def test_has_the_size_that_its_docstring_states(spec):
+    config = load(spec)
+    count = arithmetic.parameters(config.model, config.data.seq_len)
+    flops = arithmetic.training_flops(config.model, config.data.seq_len, config.train.tokens)
+    stored, params, stated_flops = STATED[spec]
+    assert count.total == pytest.approx(stored, rel=1e-3)
+    assert count.blocks_and_head == pytest.approx(params, rel=1e-3)
+    assert flops == pytest.approx(stated_flops, rel=2e-3)
+
+
+def test_chinchilla_is_the_papers_70_billion_with_its_relative_positions():
+    model = load("configs/chinchilla.py").model
+    count = arithmetic.parameters(model)
+    assert count.total + count.attention / 4 == pytest.approx(70e9, rel=2e-3)
+
+
+def test_chinchilla_has_every_shape_of_table_a9():
+    path = PUBLISHED / "chinchilla_tableA9_shapes.csv"
+    if not path.exists():
+        pytest.skip("Table A9 is not here; set LM_PUBLISHED_RUNS")
+    names = ("d_model", "ffw_size", "kv_size", "n_heads", "n_layers")
+    published = [
+        (int(row["params"]) // 10**6, *(int(row[name]) for name in names))
+        for row in csv.DictReader(path.open())
+    ]
+    assert list(runpy.run_path("configs/chinchilla.py")["TABLE_A9"]) == published
+    assert list(load("configs/isoflop_tpu.py").sweep.shapes) == [row[1:] for row in published]
+
+
+def test_isoflop_tpu_spans_1e18_to_1e20_and_starts_within_its_shapes():
+    config = load("configs/isoflop_tpu.py")
+    sweep = config.sweep
+    assert (sweep.budgets[0], sweep.budgets[-1]) == (1e18, 1e20)
+    assert config.sweep.sizes * sum(sweep.budgets) == pytest.approx(1.89e21)
+    sizes = [
+        arithmetic.parameters(load(f"configs/chinchilla.py:{name}").model).blocks_and_head
+        for name in ("44m", "16183m")
+    ]
+    assert sizes[0] < sweep.first_optimum < sizes[1]
