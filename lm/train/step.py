@@ -1,14 +1,15 @@
 """The compiled step: several optimizer steps a dispatch, on any mesh of ``data`` and ``model`` axes."""
 
+import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lm.config import Config
 from lm.data import Batch
@@ -35,37 +36,56 @@ class Metrics(NamedTuple):
 
 
 class Program:
-    """What is compiled for one shape of model and batch: ``init``, ``train`` and nothing else.
+    """What is compiled for one shape of model: ``init``, ``train`` and ``nats``, on one mesh.
 
     Args:
-      config: model, optimizer and accumulation are read; lengths and rates are arguments of ``train``.
+      config: model, optimizer, accumulation and steps_per_dispatch are read; what differs between
+        runs of one shape (lengths, rates, seeds) is an argument of ``train``.
       mesh: with axes ``data`` and ``model``.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        self.compile_seconds = 0.0
         self.decoder = Decoder(config.model, config.data.seq_len)
         self.optimizer = adamw(config.optimizer)
-        abstract = jax.eval_shape(self._init, jax.random.key(0))
-        specs = nn.get_partition_spec(abstract)
+        self.abstract_state = jax.eval_shape(self._init, jax.random.key(0))
+        specs = nn.get_partition_spec(self.abstract_state)
         self.state_sharding = nn.logical_to_mesh_sharding(specs, mesh, rules())
-        self.batch_sharding = named_sharding(mesh, None, "batch", "sequence")
-        self._compiled_init = self._jit(
+        self.abstract_state = nn.meta.unbox(self.abstract_state)
+        self._run_init = self._compile(
             lambda key: nn.meta.unbox(self._init(key)), out_shardings=self.state_sharding
         )
-        self._compiled_train = self._jit(
+        self._run_train = self._compile(
             self._train, donate_argnums=0, out_shardings=(self.state_sharding, None)
         )
+        self._run_nats = self._compile(self._nats)
 
-    def _jit(self, function: Callable, **options) -> Callable:
+    @staticmethod
+    def key(config: Config) -> tuple:
+        """Configs of equal keys can share one ``Program``."""
+        o, t = config.optimizer, config.train
+        optimizer = (o.schedule, o.weight_decay, o.beta1, o.beta2, o.eps, o.clip_norm)
+        return (
+            *(config.model, config.data.seq_len, config.mesh),
+            *(optimizer, t.accumulation, t.steps_per_dispatch),
+        )
+
+    def _compile(self, function: Callable, **options) -> Callable:
+        """``jax.jit`` under the mesh and the axes' table, compiled ahead so that its time is known."""
         # A fresh jit per program: logical rules are no part of jit's cache key.
-        jitted = jax.jit(function, **options)
+        jitted, executables = jax.jit(function, **options), {}
 
         def call(*args):
-            with jax.set_mesh(self.mesh), nn.logical_axis_rules(rules()):
-                return jitted(*args)
+            leaves, tree = jax.tree.flatten(args)
+            signature = (tree, tuple((x.shape, x.dtype) for x in leaves))
+            if signature not in executables:
+                started = time.perf_counter()
+                with jax.set_mesh(self.mesh), nn.logical_axis_rules(rules()):
+                    executables[signature] = jitted.lower(*args).compile()
+                self.compile_seconds += time.perf_counter() - started
+            return executables[signature](*args)
 
-        call.jitted = jitted
         return call
 
     def _init(self, key: jax.Array) -> State:
@@ -74,18 +94,26 @@ class Program:
 
     def init(self, seed: int) -> State:
         """The state before the first step, born sharded."""
-        return self._compiled_init(jax.random.key(seed))
+        return self._run_init(jax.random.key(seed))
 
     def train(
         self, state: State, batches: Batch, n_steps: int, schedule: Schedule
     ) -> tuple[State, Metrics]:
         """Runs the first ``n_steps`` of ``batches`` (leading axis: step). ``state`` is donated."""
-        return self._compiled_train(state, self.put(batches), n_steps, schedule)
+        schedule = Schedule(*(np.float32(x) for x in schedule))
+        return self._run_train(
+            state, self._put(batches, None, "batch", "sequence"), np.int32(n_steps), schedule
+        )
 
-    def put(self, batches: Batch) -> Batch:
-        """This host's rows of ``batches`` (n, B, T) as global arrays on the mesh."""
+    def nats(self, params: Any, batch: Batch) -> jax.Array:
+        """The sum of nats over a batch."""
+        return self._run_nats(params, self._put(batch, "batch", "sequence"))
+
+    def _put(self, batch: Batch, *logical: str | None) -> Batch:
+        """This host's rows as global arrays on the mesh."""
+        sharding = named_sharding(self.mesh, *logical)
         return jax.tree.map(
-            partial(jax.make_array_from_process_local_data, self.batch_sharding), batches
+            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
         )
 
     def _nats(self, params, batch: Batch) -> jax.Array:
@@ -137,8 +165,3 @@ class Program:
         metrics = Metrics(*(jnp.zeros(length, jnp.float32) for _ in Metrics._fields))
         # A loop of traced length, so that a run's last, shorter dispatch is the same program.
         return jax.lax.fori_loop(0, n_steps, body, (state, metrics))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device in full."""
-    return NamedSharding(mesh, PartitionSpec())

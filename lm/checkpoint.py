@@ -1,0 +1,112 @@
+"""A run's folder: ``config.json``, ``metrics.jsonl``, ``result.json`` (last: its presence means done), ``checkpoints/``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm import config as configuration
+from lm.command import BadInput, write_atomically
+
+SCHEMA = 1
+
+
+def claim(workdir: Path, config: configuration.Config, force: bool = False) -> dict | None:
+    """Makes ``workdir`` this config's own; returns the result where the run is done already.
+
+    Raises ``BadInput`` where the folder holds another config's run, naming the keys that differ,
+    unless ``force``, which continues under the new config.
+    """
+    path = workdir / "config.json"
+    wanted = configuration.to_dict(config)
+    if path.exists():
+        found = json.loads(path.read_text())["config"]
+        changed = list(differences(found, wanted))
+        if changed and not force:
+            raise BadInput(
+                f"{workdir} holds a run of another config ({'; '.join(changed)}): use another --workdir, or --force"
+            )
+        result = workdir / "result.json"
+        if result.exists() and not changed:
+            return json.loads(result.read_text())
+        result.unlink(missing_ok=True)
+    write_atomically(path, json.dumps({"schema": SCHEMA, "config": wanted}, indent=1))
+    return None
+
+
+def load_config(workdir: Path) -> configuration.Config:
+    """The config a run folder was trained with. Raises ``BadInput`` where there is none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise BadInput(f"{workdir}: no run here (config.json is missing)")
+    return configuration.from_config_dict(json.loads(path.read_text())["config"])
+
+
+def differences(old: Any, new: Any, path: str = "config"):
+    """Yields ``"config.a.b: old -> new"`` for each leaf that differs between two JSON trees."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys((*old, *new)):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif old != new:
+        yield f"{path}: {old!r} -> {new!r}"
+
+
+class Checkpoints:
+    """The newest training states of a run, written by Orbax: asynchronous, atomic, sharded.
+
+    A state restores onto any mesh: the abstract state says where its arrays shall lie.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2, keep_steps: tuple[int, ...] = ()):
+        import orbax.checkpoint as ocp  # a second of import that a run without checkpoints saves
+
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), policies.CustomSteps(list(keep_steps))]
+                ),
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def save(self, step: int, state: Any, meta: dict) -> None:
+        """Starts writing; arrays are copied before this returns, so they may be donated."""
+        self._manager.save(
+            step,
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardSave(state), meta=self._ocp.args.JsonSave(meta)
+            ),
+        )
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict] | None:
+        """(state, meta) of ``step`` (default: the newest complete one), or None where it is missing.
+
+        ``abstract`` gives shapes, dtypes and shardings.
+        """
+        step = self._manager.latest_step() if step is None else step
+        if step not in self._manager.all_steps():
+            return None
+        restored = self._manager.restore(
+            step,
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardRestore(abstract), meta=self._ocp.args.JsonRestore()
+            ),
+        )
+        return restored.state, restored.meta
+
+    def close(self) -> None:
+        """Waits for writes under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """``tree``'s shapes and dtypes lying as ``shardings`` say, for ``Checkpoints.restore``."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )

@@ -1,0 +1,1 @@
+"""One run: the compiled step, its schedule and optimizer, and the loop around them."""

@@ -1,0 +1,53 @@
+"""Trains one run; the same command again resumes it.
+
+python -m lm.train --config=configs/tiny.py --workdir=runs/tiny [--config.model.n_layers=4 ...]
+"""
+
+import sys
+
+from absl import flags
+
+from lm import command
+from lm.command import BadInput
+from lm.config import config_from_flags, define_config_flag
+
+FLAGS = flags.FlagValues()
+define_config_flag(FLAGS)
+flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=FLAGS)
+flags.DEFINE_bool(
+    "force", False, "Continue a folder begun under another config.", flag_values=FLAGS
+)
+
+
+def main() -> int | None:
+    config = config_from_flags(FLAGS)
+    if FLAGS.workdir is None:
+        raise BadInput("--workdir is missing; as --workdir=runs/tiny")
+
+    # After the flags were read, so that a mistyped one is told at once.
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from lm.train.device import keep_compiled
+    from lm.train.loop import train
+
+    keep_compiled()
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def progress(at) -> None:
+            told = f"step {at.step}/{at.n_steps}  loss {at.loss:.3f}  {at.tokens / at.step_seconds:,.0f} tokens/s"
+            bar.update(task, total=at.n_steps, completed=at.step, description=told)
+
+        result = train(config, FLAGS.workdir, progress=progress, force=FLAGS.force)
+    print(
+        f"{result['status']}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f},"
+        f" {result['bits_per_byte']:.4f} bits a byte; {result['params']:,} parameters,"
+        f" {result['tokens']:,} tokens, {result['flops']:.3e} FLOPs in {result['wall_seconds']:.0f} s"
+        if result["loss"] is not None
+        else f"{result['status']} after {result['tokens']:,} tokens"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, FLAGS, __doc__))

@@ -1,0 +1,39 @@
+"""The machine a run meets: compiled programs kept between processes, and its measured matmul peak."""
+
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+
+def keep_compiled(directory: str | os.PathLike | None = None) -> None:
+    """Keeps compiled programs on disk, in ``directory``, else JAX_COMPILATION_CACHE_DIR, else the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lm" / "compiled"
+    directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def description() -> str:
+    """As "cpu x 1" or "TPU v5 lite x 8"."""
+    return f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+
+
+def matmul_peak(dtype: str, size: int = 0) -> float:
+    """FLOP/s of the best of a few square matmuls in ``dtype`` on every device, measured now.
+
+    The yardstick of "share of the peak": a product this large is what the machine does best.
+    """
+    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best * jax.device_count()

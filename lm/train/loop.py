@@ -1,0 +1,287 @@
+"""One run, from config to ``result.json``. The same call again resumes it, or returns its result."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import arithmetic, data
+from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, claim
+from lm.command import BadInput, write_atomically
+from lm.config import Config
+from lm.score import Score, score
+from lm.sharding import make_mesh
+from lm.train.device import description, matmul_peak
+from lm.train.metrics import MetricsLog
+from lm.train.recipe import Recipe, resolve
+from lm.train.step import Program, State
+
+EVALUATION_SEQUENCES = 32  # rows of an evaluation batch; the score does not depend on it
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What ``train`` tells its caller after every dispatch."""
+
+    step: int
+    n_steps: int
+    tokens: int
+    flops: float  # done so far
+    loss: float  # nats a token, of the last step
+    step_seconds: float  # in optimizer steps so far
+
+
+def train(
+    config: Config,
+    workdir: str | Path,
+    *,
+    programs: dict[tuple, Program] | None = None,
+    dataset: data.Dataset | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    start_from: str | Path | None = None,
+    force: bool = False,
+) -> dict:
+    """Trains one run in ``workdir`` and returns its result (also in ``result.json``).
+
+    Args:
+      config: the run.
+      workdir: its folder; made where missing, resumed where it holds a part of this run.
+      programs: compiled programs, shared between calls of one process.
+      dataset: the opened data of ``config.data``, where the caller has it open.
+      progress: called after every dispatch.
+      start_from: the folder of a stable run of the same model, batch and seed whose checkpoint at
+        the step where this run's decay begins is continued (WSD's branches).
+      force: continue although the folder was begun under another config.
+
+    Raises:
+      BadInput: an impossible config, or a folder that holds another run.
+    """
+    workdir = Path(workdir)
+    recipe = resolve(config)
+    mesh = make_mesh(config.mesh)
+    if recipe.sequences % mesh.shape["data"]:
+        raise BadInput(
+            f"a batch of {recipe.sequences} sequences: must be a multiple of the mesh's data axis,"
+            f" {mesh.shape['data']}"
+        )
+    dataset = dataset or data.open_dataset(config.data)
+    if config.model.vocab_size < dataset.vocab_size:
+        raise BadInput(
+            f"model.vocab_size = {config.model.vocab_size}: must be at least the tokenizer's"
+            f" {dataset.vocab_size}"
+        )
+    done = claim(workdir, config, force)
+    if done is not None:
+        return done
+    programs = {} if programs is None else programs
+    key = Program.key(config)
+    if key not in programs:
+        programs[key] = Program(config, mesh)
+    run = _Run(config, recipe, workdir, dataset, programs[key], progress)
+    return run.to_the_end(start_from)
+
+
+class _Run:
+    """The state of one run in this process."""
+
+    def __init__(self, config, recipe: Recipe, workdir, dataset, program: Program, progress):
+        self.config, self.recipe, self.workdir = config, recipe, workdir
+        self.dataset, self.program, self.progress = dataset, program, progress
+        self.seconds = {"wall": 0.0, "step": 0.0, "compile": 0.0, "evaluate": 0.0}
+        self.unlogged: list[float] = []  # losses since the last line of the log
+        self.last_score: Score | None = None
+
+    def to_the_end(self, start_from: str | Path | None) -> dict:
+        started, compiled = time.perf_counter(), self.program.compile_seconds
+        train, n_steps = self.config.train, self.recipe.n_steps
+        self.checkpoints = None
+        if train.checkpoint_every >= 0 or train.checkpoint_at:
+            self.checkpoints = Checkpoints(self.workdir, keep_steps=train.checkpoint_at)
+        state, step = self._first_state(start_from)
+        self.log = MetricsLog(self.workdir, step)
+        earlier = dict(self.seconds)
+
+        def clock() -> None:
+            self.seconds["wall"] = earlier["wall"] + time.perf_counter() - started
+            self.seconds["compile"] = (
+                earlier["compile"] + self.program.compile_seconds - compiled
+            )
+
+        diverged = False
+        batches = self._batches(step)
+        while step < n_steps and not diverged:
+            n = self._next_stop(step) - step
+            compiling = self.program.compile_seconds
+            dispatched = time.perf_counter()
+            state, metrics = self.program.train(state, batches, n, self.recipe.schedule)
+            if step + n < n_steps:
+                batches = self._batches(step + n)  # read while the device works
+            losses = np.asarray(metrics.loss)[:n]
+            seconds = time.perf_counter() - dispatched
+            seconds -= self.program.compile_seconds - compiling
+            self.seconds["step"] += seconds
+            diverged = not np.all(np.isfinite(losses))
+            validation = None
+            if not diverged and self._due(step + n, train.evaluate_every):
+                validation = self.evaluate(state).loss
+            self._write_log(step, losses, metrics, seconds / n, validation)
+            step += n
+            if not diverged and self.checkpoints and (
+                self._due(step, train.checkpoint_every) or step in train.checkpoint_at
+            ):
+                clock()
+                self._save(state, step)
+            if self.progress:
+                self.progress(
+                    Progress(
+                        step,
+                        n_steps,
+                        step * self.recipe.batch_tokens,
+                        step * self.recipe.batch_tokens * self.recipe.flops_per_token,
+                        float(losses[-1]),
+                        self.seconds["step"],
+                    )
+                )
+        self.log.close()
+        if self.checkpoints:
+            self.checkpoints.close()
+        clock()
+        result = self._result("diverged" if diverged else "done", step)
+        write_atomically(self.workdir / "result.json", json.dumps(result, indent=1))
+        return result
+
+    def _first_state(self, start_from: str | Path | None) -> tuple[State, int]:
+        """The newest checkpoint of this run, else of ``start_from``, else a fresh state."""
+        abstract = abstract_like(self.program.abstract_state, self.program.state_sharding)
+        found = self.checkpoints.restore(abstract) if self.checkpoints else None
+        if found:
+            state, meta = found
+            self.seconds, self.unlogged = meta["seconds"], meta["unlogged"]
+            if meta["validation"]:
+                self.last_score = Score(**meta["validation"])
+            return state, int(state.step)
+        if start_from is not None:
+            stable = Checkpoints(Path(start_from))
+            at = round(self.recipe.schedule.decay_start)
+            found = stable.restore(abstract, at)
+            stable.close()
+            if not found:
+                raise BadInput(f"{start_from}: no checkpoint of step {at} to branch from")
+            return found[0], at
+        return self.program.init(self.config.train.seed), 0
+
+    def _batches(self, step: int) -> data.Batch:
+        train = self.config.train
+        return self.dataset.batches(
+            train.seed, step, train.steps_per_dispatch, self.recipe.sequences
+        )
+
+    def _next_stop(self, step: int) -> int:
+        """The step at which the next dispatch ends: full, or where something is due."""
+        train = self.config.train
+        stops = [step + train.steps_per_dispatch, self.recipe.n_steps]
+        for every in (train.evaluate_every, train.checkpoint_every):
+            if every > 0:
+                stops.append(step - step % every + every)
+        stops += [at for at in train.checkpoint_at if at > step]
+        return min(stops)
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.recipe.n_steps and every >= 0 or every > 0 and step % every == 0
+
+    def evaluate(self, state: State) -> Score:
+        """The validation score of ``state``."""
+        compiling, started = self.program.compile_seconds, time.perf_counter()
+        sequences = math.lcm(EVALUATION_SEQUENCES, self.program.mesh.shape["data"])
+        self.last_score = score(
+            lambda batch: self.program.nats(state.params, batch),
+            self.dataset.validation(sequences),
+            self.dataset.token_bytes,
+        )
+        seconds = time.perf_counter() - started
+        self.seconds["evaluate"] += seconds - (self.program.compile_seconds - compiling)
+        return self.last_score
+
+    def _write_log(self, step: int, losses, metrics, seconds_per_step, validation) -> None:
+        """Lines for the log steps among ``step + 1 .. step + len(losses)``; losses are means since the last line."""
+        recipe, every = self.recipe, self.config.train.log_every
+        last = step + len(losses)
+        for i, loss in enumerate(losses):
+            at = step + i + 1
+            self.unlogged.append(float(loss))
+            if at % every and at != recipe.n_steps and not (validation and at == last):
+                continue
+            tokens = at * recipe.batch_tokens
+            flops_per_second = recipe.batch_tokens * recipe.flops_per_token / seconds_per_step
+            line = {
+                "step": at,
+                "tokens": tokens,
+                "flops": tokens * recipe.flops_per_token,
+                "train_loss": math.fsum(self.unlogged) / len(self.unlogged),
+                "gradient_norm": float(metrics.gradient_norm[i]),
+                "learning_rate": float(metrics.learning_rate[i]),
+                "tokens_per_second": recipe.batch_tokens / seconds_per_step,
+                "flops_per_second": flops_per_second,
+                "matmul_peak_share": flops_per_second / _peak(self.config.model.dtype),
+            }
+            if validation is not None and at == last:
+                line["validation_loss"] = validation
+            self.unlogged = []
+            self.log.write(line)
+        self.log.flush()
+
+    def _save(self, state: State, step: int) -> None:
+        meta = {
+            "schema": SCHEMA,
+            "seconds": self.seconds,
+            "unlogged": self.unlogged,
+            "validation": vars(self.last_score) if self.last_score else None,
+        }
+        self.checkpoints.save(step, state, meta)
+
+    def _result(self, status: str, step: int) -> dict[str, Any]:
+        config, recipe = self.config, self.recipe
+        count = arithmetic.parameters(config.model, config.data.seq_len)
+        tokens = step * recipe.batch_tokens
+        found = self.last_score
+        return {
+            "schema": SCHEMA,
+            "status": status,
+            "loss": found.loss if found else None,
+            "bits_per_byte": found.bits_per_byte if found else None,
+            "perplexity": found.perplexity if found else None,
+            "validation_tokens": found.tokens if found else None,
+            "params": count.blocks_and_head,
+            "non_embedding_params": count.non_embedding,
+            "active_params": count.blocks_and_head,
+            "total_params": count.total,
+            "tokens": tokens,
+            "flops": tokens * recipe.flops_per_token,
+            "flops_convention": arithmetic.DEFAULT_CONVENTION,
+            "n_steps": recipe.n_steps,
+            "batch_tokens": recipe.batch_tokens,
+            "learning_rate": recipe.learning_rate,
+            "warmup_tokens": recipe.warmup_tokens,
+            "epochs": self.dataset.epochs(tokens),
+            "data": self.dataset.fingerprint,
+            "wall_seconds": self.seconds["wall"],
+            "step_seconds": self.seconds["step"],
+            "compile_seconds": self.seconds["compile"],
+            "evaluate_seconds": self.seconds["evaluate"],
+            "device": description(),
+        }
+
+
+_peaks: dict[str, float] = {}
+
+
+def _peak(dtype: str) -> float:
+    if dtype not in _peaks:
+        _peaks[dtype] = matmul_peak(dtype)
+    return _peaks[dtype]
