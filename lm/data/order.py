@@ -1,7 +1,9 @@
-"""The order of windows: pure functions of (seed, epoch, index), so that any host can compute any part of it.
+"""The order of windows: pure functions of (seed, epoch, index), so any host computes any part of it.
 
 Nothing here needs memory in the number of windows, or a state to save.
 """
+
+import math
 
 import numpy as np
 
@@ -17,7 +19,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def key(*parts: int | np.ndarray) -> np.ndarray:
-    """One uint64 key out of several integers (arrays broadcast)."""
+    """One uint64 key out of several integers (arrays broadcast; at least one axis)."""
     result = np.zeros(1, np.uint64)
     for part in parts:
         result = mix(result ^ mix(np.atleast_1d(np.asarray(part)).astype(np.uint64)))
@@ -25,27 +27,27 @@ def key(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where ``index`` (int64, 0 <= index < size) goes in the permutation of range(size) that ``keys`` choose.
+    """Where ``index`` (int64, 0 <= index < size) goes in the permutation of range(size) of ``keys``.
 
-    A Feistel network over the next power of two, repeated while the result is outside the range (cycle
-    walking; Black and Rogaway 2002): a bijection for each key, at a cost independent of ``size``.
+    ``keys`` are one for all or one for each index. A Feistel network on the digits of the index in a
+    rectangle just larger than the range, repeated where the result falls outside (generalised Feistel
+    cipher with cycle walking; Black and Rogaway 2002): a bijection, at a cost independent of ``size``.
     """
-    bits = max(2, (size - 1).bit_length())
-    low_bits = np.uint64(bits // 2)
-    low_mask = np.uint64((1 << (bits // 2)) - 1)
-    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    result = np.broadcast_to(index, np.broadcast_shapes(index.shape, keys.shape)).astype(np.uint64)
-    keys = np.broadcast_to(keys, result.shape)
-    outside = np.ones(result.shape, bool)
-    while outside.any():
-        x, k = result[outside], keys[outside]
-        high, low = x >> low_bits, x & low_mask
-        for round_ in range(ROUNDS):
-            round_key = k + np.uint64(round_)
-            if round_ % 2:
-                low = low ^ (mix(high ^ mix(round_key)) & low_mask)
-            else:
-                high = high ^ (mix(low ^ mix(round_key)) & high_mask)
-        result[outside] = (high << low_bits) | low
-        outside[outside] = result[outside] >= size
+    rows = max(1, math.isqrt(size - 1) + 1)
+    columns = -(-size // rows)
+    result = _feistel(index.astype(np.uint64), np.uint64(rows), np.uint64(columns), keys)
+    while (outside := result >= size).any():
+        mine = keys if keys.size == 1 else keys[outside]
+        result[outside] = _feistel(result[outside], np.uint64(rows), np.uint64(columns), mine)
     return result.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, rows: np.uint64, columns: np.uint64, keys: np.ndarray) -> np.ndarray:
+    row, column = x // columns, x % columns
+    for i in range(ROUNDS):
+        round_keys = mix(keys + np.uint64(i))
+        if i % 2:
+            column = (column + mix(row ^ round_keys)) % columns
+        else:
+            row = (row + mix(column ^ round_keys)) % rows
+    return row * columns + column

@@ -154,14 +154,17 @@ def _members(path: Path, folder: str, suffix: str) -> list[tuple[str, str]]:
 
 
 def _tidy(text: str) -> str:
-    """Unix line ends, no blanks at line ends, at most two blank lines in a row."""
-    text = "\n".join(line.rstrip() for line in text.splitlines())
+    """Unix line ends, no DOS end-of-file mark, no blanks at line ends, at most two blank lines in a row."""
+    text = "\n".join(line.rstrip() for line in text.replace("\x1a", "").splitlines())
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n") + "\n"
 
 
 def _speech(text: str) -> str:
-    """Without the transcribers' reference marks and the stage directions of their pages."""
-    return _tidy(re.sub(r" ?\[(?:see APP Note|APP Note[^\]]*)\]", "", text))
+    """Without what the collection's web pages added: references, links, remarks on the delivery."""
+    text = re.sub(r"(?i) ?\[see APP note\.?\]", "", text)
+    text = re.sub(r"(?m)^Jump to ?Part .*$", "", text)
+    text = text.replace("; White House correction]", "]")
+    return _tidy(re.sub(r"\A\s*(\[[^\]]*\]\s*)+", "", text))
 
 
 def _gutenberg(name: str, text: str) -> str:
