@@ -1,7 +1,7 @@
 """Repeating data: Muennighoff et al. 2023, "Scaling Data-Constrained Language Models" (2305.16264).
 
-L = E + A / N'^alpha + B / D'^beta, where repeated tokens and excess parameters decay in value:
-D' = U_D + U_D R_D* (1 - exp(-R_D / R_D*)), R_D = D / U_D - 1 (epochs beyond the first), and N' alike
+L = E + A / N'^alpha + B / D'^beta, where repeated tokens and excess parameters decay in value: D' =
+U_D + U_D R_D* (1 - exp(-R_D / R_D*)), R_D = D / U_D - 1 (epochs beyond the first), and N' alike
 with U_N, the parameters that U_D unique tokens call for (equations 5 and 6).
 """
 
@@ -41,11 +41,10 @@ class DataLimitedLaw:
         return _saturate(tokens, unique, self.r_tokens)
 
     def effective_params(self, params, tokens, unique_tokens):
-        """N': what `params` parameters are worth beside so little unique data."""
+        """N': what `params` parameters are worth beside so little unique data, repeated or not."""
         params = positive(params, "params")
         unique = np.minimum(positive(unique_tokens, "unique_tokens"), positive(tokens, "tokens"))
-        # The N whose compute-optimal D is the unique tokens: D = C^b / (6^b G), N = G (C/6)^a.
-        called_for = self.base.G * (unique * self.base.G) ** (self.base.a / self.base.b)
+        called_for = self.base.optimum((unique / self.base.k_D) ** (1 / self.base.b)).params
         return _saturate(params, np.minimum(called_for, params), self.r_params)
 
     def loss(self, params, tokens, unique_tokens):
@@ -74,8 +73,16 @@ class DataLimitedLaw:
         size = np.abs(np.log(self.loss(params, tokens, unique_tokens)) - np.log(loss))
         return float(np.sum(np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))))
 
-    def fit(self, params, tokens, unique_tokens, loss, delta: float = 1e-3,
-            bounds: tuple[float, float] = (0.1, 1e4), points: int = 48) -> RepetitionFit:
+    def fit(
+        self,
+        params,
+        tokens,
+        unique_tokens,
+        loss,
+        delta: float = 1e-3,
+        bounds: tuple[float, float] = (0.1, 1e4),
+        points: int = 48,
+    ) -> RepetitionFit:
         """Fits R_D* and R_N* with the base law held, from every cell of a log grid over `bounds`.
 
         The surface is flat along R_D*, with several local minima: look at the profile before
@@ -95,11 +102,17 @@ class DataLimitedLaw:
         best = None
         for row in np.argsort(surface.min(axis=1))[:6]:
             start = (grid[row], grid[np.argmin(surface[row])])
-            found = minimize(at, start, method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-14})
+            found = minimize(
+                at, start, method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-14}
+            )
             best = found if best is None or found.fun < best.fun else best
         r_tokens, r_params = np.exp(np.clip(best.x, *np.log(bounds)))
-        law = replace(self, r_tokens=float(r_tokens), r_params=float(r_params),
-                      source=f"fitted to {len(columns[0])} runs, Huber delta {delta:g}")
+        law = replace(
+            self,
+            r_tokens=float(r_tokens),
+            r_params=float(r_params),
+            source=f"fitted to {len(columns[0])} runs, Huber delta {delta:g}",
+        )
         return RepetitionFit(law, float(best.fun), np.exp(grid), surface.min(axis=1))
 
 
@@ -110,8 +123,14 @@ def _saturate(total, unique, r_star):
 
 
 MUENNIGHOFF2023 = DataLimitedLaw(
-    base=ParametricLaw(float(np.exp(0.6254804)), float(np.exp(6.255414)), float(np.exp(7.3049974)),
-                       0.3526596, 0.3526596, "Muennighoff et al. 2023, C4, alpha = beta tied"),
+    base=ParametricLaw(
+        float(np.exp(0.6254804)),
+        float(np.exp(6.255414)),
+        float(np.exp(7.3049974)),
+        0.3526596,
+        0.3526596,
+        "Muennighoff et al. 2023, C4, alpha = beta tied",
+    ),
     r_tokens=15.387756,
     r_params=5.309743,
     source="Muennighoff et al. 2023, appendix A: a local optimum of their own objective",

@@ -14,7 +14,7 @@ from lm.scaling.law import FittableLaw, positive
 
 @dataclass(frozen=True)
 class TokenLossLaw(FittableLaw):
-    """Schaeffer's premise: cross-entropy (N/c)^alpha nats per token, alpha < 0 (their section 2)."""
+    """Schaeffer's premise: cross-entropy (N/c)^alpha nats per token, alpha < 0 (section 2)."""
 
     c: float = 1e6
     alpha: float = -0.2
@@ -24,7 +24,7 @@ class TokenLossLaw(FittableLaw):
         return (positive(params, "params") / self.c) ** self.alpha
 
     def smallest_visible_params(self, steps, test_size):
-        """The N at which exact match over `steps` reaches 1 / `test_size`, the least a test can show.
+        """The N at which exact match over `steps` reaches 1 / `test_size`, the least a test shows.
 
         exp(-steps (N/c)^alpha) = 1/T: below it a finite test reads zero, whatever the smooth curve.
         """
@@ -43,7 +43,7 @@ def exact_match(accuracy, steps):
 
 
 def log_exact_match(loss, steps):
-    """log p^steps = -steps * loss: exactly linear in the length, at any scale, even where p^L is 0."""
+    """log p^steps = -steps * loss: exactly linear in the length, even where p^L underflows."""
     return -positive(steps, "steps") * np.asarray(loss, float)
 
 
@@ -53,13 +53,13 @@ def expected_edit_distance(accuracy, steps):
 
 
 def brier_score(accuracy, choices):
-    """Mean squared error of the probabilities over `choices`, the wrong ones sharing 1 - p evenly."""
+    """Mean squared error of probabilities over `choices`, the wrong ones sharing 1 - p evenly."""
     wrong = 1 - _probability(accuracy)
     return wrong**2 + wrong**2 / (_choices(choices) - 1)
 
 
 def multiple_choice_accuracy(accuracy, choices, spread: float = 1.0):
-    """How often the right one of `choices` has the most probability, its mean probability being p.
+    """How often the right one of `choices` has the most probability, p being its mean.
 
     The log-odds of each item scatter by `spread`: the right option's leads the others' by
     ln(p (k-1) / (1-p)) on average, each with a normal error, P = integral phi(z - lead/spread)
@@ -75,16 +75,17 @@ def multiple_choice_accuracy(accuracy, choices, spread: float = 1.0):
 
 
 def measured(accuracy, test_size: int, seed: int = 0):
-    """What a test of `test_size` items would report: a binomial share, in steps of 1 / test_size."""
+    """What a test of `test_size` items would report: a binomial share, in steps of 1/test_size."""
     rng = np.random.default_rng(seed)
     return rng.binomial(test_size, _probability(accuracy)) / test_size
 
 
 def emergence_score(metric):
-    """How sharp a metric looks over increasing scale (last axis): Srivastava et al. 2022's measure.
+    """How sharp a metric looks over scale (last axis, increasing): Srivastava et al. 2022.
 
     sign(argmax - argmin) (max - min) / sqrt(median of squared steps): near the number of points for
-    a straight line, large for a jump from flat. inf where the median step is 0 and the range is not.
+    a straight line, large for a jump from flat. inf where the median step is 0 and the range is
+    not.
     """
     metric = np.asarray(metric, float)
     spread = metric.max(axis=-1) - metric.min(axis=-1)
@@ -92,6 +93,16 @@ def emergence_score(metric):
     typical_step = np.sqrt(np.median(np.diff(metric, axis=-1) ** 2, axis=-1))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(spread > 0, direction * spread / typical_step, 0.0)
+
+
+def sharpness(metric, params):
+    """The largest |d log metric / d log N| over increasing `params` (last axis): fold per fold.
+
+    Of exact match it is steps |alpha| (N/c)^alpha at the smallest model, in proportion to the
+    length; of edit distance at most |alpha|, whatever the length.
+    """
+    slopes = np.gradient(np.log(positive(metric, "metric")), np.log(params), axis=-1)
+    return np.abs(slopes).max(axis=-1)
 
 
 def _probability(p):

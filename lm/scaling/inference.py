@@ -1,8 +1,8 @@
 """Laws that know the model will be used: over-training at fixed loss (Sardana & Frankle 2023).
 
 A forward pass costs 2 N FLOPs a token, so a model that will serve T tokens costs 6 N D + 2 N T over
-its life (arXiv:2401.00448, equation 3). Any `ParametricLaw` will do; they used their own rounding of
-Hoffmann's constants, `SARDANA2024`.
+its life (arXiv:2401.00448, equation 3). Any `ParametricLaw` will do; they used their own rounding
+of Hoffmann's constants, `SARDANA2024`.
 """
 
 from typing import NamedTuple
@@ -12,12 +12,18 @@ import numpy as np
 from lm.scaling.law import positive
 from lm.scaling.parametric import ParametricLaw
 
-SARDANA2024 = ParametricLaw(1.69, 406.4, 410.7, 0.336, 0.283,
-                            "Sardana & Frankle 2024, section 2 (Hoffmann's, rounded otherwise)")
+SARDANA2024 = ParametricLaw(
+    1.69,
+    406.4,
+    410.7,
+    0.336,
+    0.283,
+    "Sardana & Frankle 2024, section 2 (Hoffmann's, rounded otherwise)",
+)
 
 
 class LifetimeOptimum(NamedTuple):
-    """A model and what it costs: `flops` to train (6 N D), `lifetime_flops` with inference (+ 2 N T)."""
+    """A model and its cost: `flops` to train (6 N D), `lifetime_flops` with inference (+ 2 N T)."""
 
     flops: np.ndarray
     params: np.ndarray
@@ -27,7 +33,7 @@ class LifetimeOptimum(NamedTuple):
 
 
 def flops_for_loss(law: ParametricLaw, loss):
-    """The least training FLOPs that reach `loss`: L = E + K (C/6)^-gamma inverted; inf at loss <= E.
+    """The least training FLOPs that reach `loss`, from L = E + K (C/6)^-gamma; inf at loss <= E.
 
     gamma = alpha beta / (alpha + beta); K = A G^-alpha + B G^beta.
     """
@@ -48,8 +54,8 @@ def tokens_for_loss(law: ParametricLaw, loss, params):
 def overtrain(law: ParametricLaw, flops, size_factor) -> LifetimeOptimum:
     """A model `size_factor` times the compute-optimal one at `flops`, trained to the same loss.
 
-    How much a smaller model costs to train: at Hoffmann's constants half the size takes 2.46 times the
-    tokens, 23 % more compute. tokens and flops are inf below the critical size.
+    What a smaller model costs to train: at Hoffmann's constants and 1e21 FLOPs, half the size takes
+    2.42 times the tokens, 21 % more compute. tokens and flops are inf below the critical size.
     """
     best = law.optimum(flops)
     params = best.params * positive(size_factor, "size_factor")
@@ -67,7 +73,9 @@ def lifetime_optimum(law: ParametricLaw, loss, inference_tokens) -> LifetimeOpti
     loss, served = np.broadcast_arrays(np.asarray(loss, float), np.asarray(inference_tokens, float))
     left = loss - law.E
     if not np.all(left > 0):
-        raise ValueError(f"loss {np.min(loss):g} is not above the law's floor E = {np.max(law.E):g}")
+        raise ValueError(
+            f"loss {np.min(loss):g} is not above the law's floor E = {np.max(law.E):g}"
+        )
     if not np.all(served >= 0):
         raise ValueError(f"inference_tokens must be zero or more, not {np.min(served):g}")
 
@@ -88,7 +96,9 @@ def lifetime_optimum(law: ParametricLaw, loss, inference_tokens) -> LifetimeOpti
     return LifetimeOptimum(training, params, tokens, loss, training + 2 * params * served)
 
 
-def lifetime_optimum_at_budget(law: ParametricLaw, lifetime_flops, inference_tokens) -> LifetimeOptimum:
+def lifetime_optimum_at_budget(
+    law: ParametricLaw, lifetime_flops, inference_tokens
+) -> LifetimeOptimum:
     """The model of least loss whose training and inference together cost `lifetime_flops`.
 
     The dual of `lifetime_optimum`, and solved through it: its cost falls as the loss grows.

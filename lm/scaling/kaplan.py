@@ -15,7 +15,7 @@ PF_DAY = 8.64e19  # 1e15 FLOP/s for 24 h
 
 @dataclass(frozen=True)
 class PowerLaw(FittableLaw):
-    """L(x) = (x_c / x)^exponent: one resource scarce, the others plentiful (equations 1.1 to 1.3)."""
+    """L(x) = (x_c / x)^exponent: one resource scarce, the others not (equations 1.1 to 1.3)."""
 
     x_c: float
     exponent: float
@@ -63,7 +63,7 @@ class KaplanLaw(FittableLaw):
         return Optimum(flops, params, tokens, self.loss(params, tokens))
 
     def tokens_against_overfitting(self, params, allowed: float = 0.02):
-        """The D that keeps overfitting at or below `allowed` of the loss (equation 4.4: 5e3 N^0.74).
+        """The D that keeps overfitting below `allowed` of the loss (equation 4.4: 5e3 N^0.74).
 
         delta L = [1 + (N/N_c)^(alpha_N/alpha_D) D_c/D]^alpha_D - 1, solved for D.
         """
@@ -119,9 +119,13 @@ class LearningCurve(FittableLaw):
         f = self.alpha_N / self.alpha_S
         # C_min = 6 N (B*/L^(1/aB)) S_c (f (N_c/N)^aN)^(-1/aS) is a pure power of N; solve for it.
         power = 1 + self.alpha_N / batch.alpha_B + self.alpha_N / self.alpha_S
-        at_one = (FLOPS_PER_PARAM_TOKEN * batch.b_star * self.S_c
-                  * ((1 + f) * self.N_c**self.alpha_N) ** (-1 / batch.alpha_B)
-                  * (f * self.N_c**self.alpha_N) ** (-1 / self.alpha_S))
+        at_one = (
+            FLOPS_PER_PARAM_TOKEN
+            * batch.b_star
+            * self.S_c
+            * ((1 + f) * self.N_c**self.alpha_N) ** (-1 / batch.alpha_B)
+            * (f * self.N_c**self.alpha_N) ** (-1 / self.alpha_S)
+        )
         params = (flops / at_one) ** (1 / power)
         loss = (1 + f) * (self.N_c / params) ** self.alpha_N
         return Optimum(flops, params, flops / (FLOPS_PER_PARAM_TOKEN * params), loss)

@@ -31,8 +31,9 @@ class FittableLaw:
         """Refits the `free` constants (all by default) to `loss`, from this law's as first guess.
 
         `columns` are the arguments of `self.loss`, arrays of one shape. The objective is Hoffmann's
-        sum of Huber_delta(log L_fit - log L) over runs; each constant keeps its sign and is searched
-        in log scale, from this law's value and `starts - 1` log-normal jitters of it (sd 0.3).
+        sum of Huber_delta(log L_fit - log L) over runs; each constant keeps its sign and is
+        searched in log scale, from this law's value and `starts - 1` log-normal jitters of it (sd
+        0.3).
 
         Raises:
           ValueError: fewer runs than free constants, a loss <= 0, or no start that converges.
@@ -84,17 +85,22 @@ class FittableLaw:
 class PowerLawAllocation:
     """N_opt = k_N C^a, with no loss (nan): what Approaches 1 and 2 and most model reports publish.
 
-    D = C / 6N rather than the separately rounded k_D C^b, so that 6 N D is the budget.
+    Without k_D and b, D = C / 6N, so that 6 N D is the budget; with them D = k_D C^b, as a fit
+    under another FLOP convention than 6 N D gives it.
     """
 
     k_N: float
     a: float
+    k_D: float | None = None
+    b: float | None = None
     source: str = ""
 
     def optimum(self, flops) -> Optimum:
         flops = positive(flops, "flops")
         params = self.k_N * flops**self.a
-        return Optimum(flops, params, flops / (FLOPS_PER_PARAM_TOKEN * params), np.nan)
+        if self.k_D is None:
+            return Optimum(flops, params, flops / (FLOPS_PER_PARAM_TOKEN * params), np.nan)
+        return Optimum(flops, params, self.k_D * flops**self.b, np.nan)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ class TokensPerParameter:
 
     def optimum(self, flops) -> Optimum:
         flops = positive(flops, "flops")
-        # The root of a quotient of decimal round numbers is exact, a power 0.5 of 1/(6 ratio) is not.
+        # The root of a quotient of decimal round numbers is exact, a power 0.5 of 1/(6 ratio) is
+        # not.
         params = np.sqrt(flops / (FLOPS_PER_PARAM_TOKEN * self.ratio))
         return Optimum(flops, params, self.ratio * params, np.nan)
 

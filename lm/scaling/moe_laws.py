@@ -44,11 +44,13 @@ class ClarkLaw(FittableLaw):
         return 10 ** (self.a * n + self.b * e + self.c * n * e + self.d)
 
     def effective_dense_params(self, params, experts):
-        """N-bar: the dense model (one expert) of the same loss (their "effective parameter count")."""
+        """N-bar, their "effective parameter count": the dense model of the same loss."""
         n = np.log10(positive(params, "params"))
         e = np.log10(saturated_experts(experts, self.e_start, self.e_max))
         e_one = np.log10(self.e_start)
-        return 10 ** ((self.a * n + self.b * (e - e_one) + self.c * n * e) / (self.a + self.c * e_one))
+        return 10 ** (
+            (self.a * n + self.b * (e - e_one) + self.c * n * e) / (self.a + self.c * e_one)
+        )
 
     @property
     def cutoff_params(self) -> float:
@@ -71,8 +73,8 @@ CLARK_HASH = ClarkLaw(-0.087, -0.136, 0.012, 1.157, 4.175, 477.741, _CLARK + "Ha
 class KrajewskiLaw(FittableLaw):
     """L = c + (g / G^gamma + a) / N^alpha + b / D^beta (Krajewski et al. 2024, 2402.07871).
 
-    N: non-embedding parameters with all experts, at expansion rate 64. G: granularity, how many times
-    finer an expert is than the dense feed-forward layer.
+    N: non-embedding parameters with all experts, at expansion rate 64. G: granularity, how many
+    times finer an expert is than the dense feed-forward layer.
     """
 
     a: float
@@ -88,9 +90,12 @@ class KrajewskiLaw(FittableLaw):
     FLOPS_PER_WEIGHT, FLOPS_PER_ROUTER_WEIGHT, ASPECT = 6, 14, 64  # c_f, c_r, d_model / n_blocks
 
     def loss(self, params, tokens, granularity):
-        size = (self.g / positive(granularity, "granularity") ** self.gamma + self.a)
-        return (self.c + size / positive(params, "params") ** self.alpha
-                + self.b / positive(tokens, "tokens") ** self.beta)
+        size = self.g / positive(granularity, "granularity") ** self.gamma + self.a
+        return (
+            self.c
+            + size / positive(params, "params") ** self.alpha
+            + self.b / positive(tokens, "tokens") ** self.beta
+        )
 
     def total_params(self, d_model):
         """N of a model of width `d_model` and d_model/64 blocks: d^2 (8 E + 4) per block."""
@@ -105,7 +110,7 @@ class KrajewskiLaw(FittableLaw):
         return (weights + router) * d_model / self.ASPECT
 
     def optimum(self, flops, granularity=None) -> tuple[Optimum, np.ndarray]:
-        """(optimum, granularity) of least loss at `flops`; the best of 1, 2, 4, .. 256 where not given."""
+        """(optimum, granularity) of least loss; granularity: given or the best of 1 .. 256."""
         flops = positive(flops, "flops")
         choices = 2.0 ** np.arange(9) if granularity is None else np.atleast_1d(granularity)
         grain = np.asarray(choices, float).reshape(-1, *[1] * flops.ndim)
@@ -115,7 +120,8 @@ class KrajewskiLaw(FittableLaw):
 
         d_model = minimise_on_log_grid(
             lambda d: self.loss(self.total_params(d), tokens(d), grain),
-            np.full(np.broadcast_shapes(grain.shape, flops.shape), 16.0), 1e7,
+            np.full(np.broadcast_shapes(grain.shape, flops.shape), 16.0),
+            1e7,
         )
         losses = self.loss(self.total_params(d_model), tokens(d_model), grain)
         best = np.argmin(losses, axis=0)[None]
@@ -127,18 +133,27 @@ class KrajewskiLaw(FittableLaw):
         return Optimum(flops, params, pick(tokens(d_model)), pick(losses)), pick(grain)
 
 
-KRAJEWSKI2024 = KrajewskiLaw(18.1, 0.115, 30.8, 0.147, 2.1, 0.58, 0.47,
-                             "Krajewski et al. 2024, Table 1, MoE with expansion rate 64")
-KRAJEWSKI2024_DENSE = ParametricLaw(0.47, 16.3, 26.7, 0.126, 0.127,
-                                    "Krajewski et al. 2024, Table 1, dense")
+KRAJEWSKI2024 = KrajewskiLaw(
+    18.1,
+    0.115,
+    30.8,
+    0.147,
+    2.1,
+    0.58,
+    0.47,
+    "Krajewski et al. 2024, Table 1, MoE with expansion rate 64",
+)
+KRAJEWSKI2024_DENSE = ParametricLaw(
+    0.47, 16.3, 26.7, 0.126, 0.127, "Krajewski et al. 2024, Table 1, dense"
+)
 
 
 @dataclass(frozen=True)
 class LudziejewskiLaw(FittableLaw):
     """L = a E^^delta N^(alpha + gamma ln E^) + b E^^omega D^(beta + zeta ln E^) + c (2502.05172).
 
-    N: active parameters, embeddings apart. alpha and beta are negative, as in the paper's text; copies on the
-    web that lost the fraction bar print them positive.
+    N: active parameters, embeddings apart. alpha and beta are negative, as in the paper's text;
+    copies on the web that lost the fraction bar print them positive.
     """
 
     a: float
@@ -155,7 +170,7 @@ class LudziejewskiLaw(FittableLaw):
     source: str = ""
 
     def at_experts(self, experts) -> ParametricLaw:
-        """The Chinchilla law of a given number of experts: L = m N^mu + n D^nu + c (their Table 4)."""
+        """The Chinchilla law of a number of experts: L = m N^mu + n D^nu + c (their Table 4)."""
         e = saturated_experts(experts, self.e_start, self.e_max)
         return ParametricLaw(
             E=self.c,
@@ -181,8 +196,17 @@ class LudziejewskiLaw(FittableLaw):
 
 
 LUDZIEJEWSKI2025 = LudziejewskiLaw(
-    a=35.91, alpha=-0.1889, delta=-0.2285, gamma=0.0098, b=35.98, beta=-0.1775, omega=0.5529,
-    zeta=-0.0259, c=1.3637, e_start=2.0732, e_max=290.4521,
+    a=35.91,
+    alpha=-0.1889,
+    delta=-0.2285,
+    gamma=0.0098,
+    b=35.98,
+    beta=-0.1775,
+    omega=0.5529,
+    zeta=-0.0259,
+    c=1.3637,
+    e_start=2.0732,
+    e_max=290.4521,
     source="Ludziejewski et al. 2025, Table 3",
 )
 
@@ -211,9 +235,13 @@ class AbnarLaw(FittableLaw):
         if not np.all((active > 0) & (active <= 1)):
             raise ValueError("sparsity must be in [0, 1)")
         params = positive(params, "params")
-        return (self.a / params**self.alpha + self.b / positive(tokens, "tokens") ** self.beta
-                + self.c / active**self.lam + self.d / (active**self.delta * params**self.gamma)
-                + self.e)
+        return (
+            self.a / params**self.alpha
+            + self.b / positive(tokens, "tokens") ** self.beta
+            + self.c / active**self.lam
+            + self.d / (active**self.delta * params**self.gamma)
+            + self.e
+        )
 
     def optimum(self, flops, sparsity) -> Optimum:
         """Least loss with 6 (1 - S) N D = `flops`: total parameters N and tokens D.
@@ -224,11 +252,23 @@ class AbnarLaw(FittableLaw):
         per_param_token = 6 * (1 - sparsity)
         params = minimise_on_log_grid(
             lambda n: self.loss(n, flops / (per_param_token * n), sparsity),
-            np.full(flops.shape, 1e4), 1e18,
+            np.full(flops.shape, 1e4),
+            1e18,
         )
         tokens = flops / (per_param_token * params)
         return Optimum(flops, params, tokens, self.loss(params, tokens, sparsity))
 
 
-ABNAR2025 = AbnarLaw(a=16612.5, alpha=0.5962, b=5455.67, beta=0.3954, c=0.4598, lam=-0.1666, d=17.26,
-                     delta=0.1603, gamma=0.1595, e=0.94, source="Abnar et al. 2025, Table 1")
+ABNAR2025 = AbnarLaw(
+    a=16612.5,
+    alpha=0.5962,
+    b=5455.67,
+    beta=0.3954,
+    c=0.4598,
+    lam=-0.1666,
+    d=17.26,
+    delta=0.1603,
+    gamma=0.1595,
+    e=0.94,
+    source="Abnar et al. 2025, Table 1",
+)

@@ -35,10 +35,11 @@ def compute_multiplier(
 ) -> Multiplier:
     """C_A / C_B at equal loss, both trained compute-optimally, with percentile intervals.
 
-    Give `loss`, or `flops`: then the loss is what B reaches with it (in every draw: B's draw's own).
-    draws_a, draws_b: (n, 5) joint draws E, A, B, alpha, beta of independent fits (`ParametricFit.draws`),
-    paired at random. Without both the intervals are nan. Both losses must be of the same
-    data and tokenizer. Raises ValueError where neither or both of flops and loss are given.
+    Give `loss`, or `flops`: then the loss is what B reaches with it (in every draw: B's draw's
+    own). draws_a, draws_b: (n, 5) joint draws E, A, B, alpha, beta of independent fits
+    (`ParametricFit.draws`), paired at random. Without both the intervals are nan. Both losses must
+    be of the same data and tokenizer. Raises ValueError where neither or both of flops and loss are
+    given.
     """
     if (flops is None) == (loss is None):
         raise ValueError("give flops or loss, one of the two")
@@ -60,7 +61,8 @@ def compute_multiplier(
         for d in (draws_a, draws_b)
     )
     ratios = ratio(a, b)
-    # A percentile of a finite stand-in is the percentile of the infinite, and stays a number to sort.
+    # A percentile of a finite stand-in is the percentile of the infinite, and stays a number to
+    # sort.
     capped = np.where(np.isinf(ratios), 1e300, ratios)
     intervals = [
         tuple(np.inf if edge >= 1e299 else edge for edge in percentile_interval(capped, level))

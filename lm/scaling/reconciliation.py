@@ -13,13 +13,19 @@ from lm.scaling.allocation import Optimum
 from lm.scaling.law import positive
 from lm.scaling.parametric import BESIROGLU2024, ParametricLaw
 
+# Their simulation of Kaplan's study: 768 to 1.5e9 non-embedding parameters, and the budgets
+# at which the frontier is read.
+KAPLAN_SIZES = np.logspace(2.9, 9.2, 20)
+NON_EMBEDDING_FLOPS = np.logspace(12.95, 20.7, 100)
+TOTAL_FLOPS = np.logspace(14, 20.7, 100)
+
 
 @dataclass(frozen=True)
 class NonEmbeddingView:
     """A law in total parameters, observed in non-embedding parameters and compute.
 
-    gamma: embedding parameters are gamma N_E^(1/3); 47491 is their value, for a vocabulary of 32,000
-    and d_model / n_layers = 39.2.
+    gamma: embedding parameters are gamma N_E^(1/3); 47491 is their value, for a vocabulary of
+    32,000 and d_model / n_layers = 39.2.
     """
 
     law: ParametricLaw = BESIROGLU2024
@@ -36,7 +42,8 @@ class NonEmbeddingView:
     def optimal_tokens(self, non_embedding_params):
         """The D at which N_E is the best size for its own 6 N_E D, from dL = 0 along that curve.
 
-        alpha A N_T^(-alpha-1) dN_T/dN_E N_E = beta B D^-beta, with dN_T/dN_E = 1 + gamma/3 N_E^(-2/3).
+        alpha A N_T^(-alpha-1) dN_T/dN_E N_E = beta B D^-beta, with dN_T/dN_E = 1 + gamma/3
+        N_E^(-2/3).
         """
         n = positive(non_embedding_params, "non_embedding_params")
         law = self.law
@@ -46,12 +53,9 @@ class NonEmbeddingView:
 
     def flops(self, non_embedding_params):
         """C_E = 6 N_E D of the optimal run of this size (their equation 12)."""
-        return 6 * positive(non_embedding_params, "params") * self.optimal_tokens(non_embedding_params)
-
-    def total_flops(self, non_embedding_params):
-        """6 N_T D along the total-parameter optimum that has these non-embedding parameters."""
-        total = self.total_params(non_embedding_params)
-        return 6 * (total / self.law.G) ** (1 / self.law.a)
+        return (
+            6 * positive(non_embedding_params, "params") * self.optimal_tokens(non_embedding_params)
+        )
 
     def local_exponent(self, non_embedding_params):
         """d log N_E / d log C_E at each size; not monotone: it peaks near 1e6 parameters."""
@@ -60,30 +64,36 @@ class NonEmbeddingView:
         rise = np.log(self.flops(n * np.exp(step))) - np.log(self.flops(n * np.exp(-step)))
         return 2 * step / rise
 
-    def fitted_exponent(self, sizes=None, total: bool = False) -> float:
-        """The slope a researcher would fit to (C, N) at `sizes`: Kaplan's range of 20 by default.
+    def frontier(self, flops, sizes=KAPLAN_SIZES, total: bool = False) -> Optimum:
+        """The best of a handful of `sizes` (N_E) at each of `flops`: what a sweep would observe.
 
-        total=False: N_E against C_E; True: N_T against total compute.
+        total=False: flops and params are non-embedding, as Kaplan counted; True: of the whole
+        model.
         """
-        sizes = np.logspace(2.9, 9.2, 20) if sizes is None else positive(sizes, "sizes")
-        if total:
-            x, y = self.total_flops(sizes), self.total_params(sizes)
-        else:
-            x, y = self.flops(sizes), sizes
-        return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+        flops = positive(flops, "flops")[:, None]
+        counted = self.total_params(sizes) if total else positive(sizes, "sizes")
+        losses = self.loss(sizes, flops / (6 * counted))
+        best = np.argmin(losses, axis=1)
+        params = counted[best]
+        return Optimum(flops[:, 0], params, flops[:, 0] / (6 * params), losses.min(axis=1))
 
-    def fitted_loss_exponent(self, sizes=None) -> float:
-        """The slope of log L against log C_E over the same sizes (Kaplan printed -0.057)."""
-        sizes = np.logspace(2.9, 9.2, 20) if sizes is None else positive(sizes, "sizes")
-        losses = self.loss(sizes, self.optimal_tokens(sizes))
-        return float(np.polyfit(np.log(self.flops(sizes)), np.log(losses), 1)[0])
+    def fitted_exponent(self, sizes=KAPLAN_SIZES, total: bool = False) -> float:
+        """The slope of log N against log C over that frontier: Pearce & Song's "local fit"."""
+        flops = TOTAL_FLOPS if total else NON_EMBEDDING_FLOPS
+        best = self.frontier(flops, sizes, total)
+        return float(np.polyfit(np.log(flops), np.log(best.params), 1)[0])
+
+    def fitted_loss_exponent(self, sizes=KAPLAN_SIZES) -> float:
+        """The slope of log L against log C_E over the frontier (Kaplan printed -0.057)."""
+        best = self.frontier(NON_EMBEDDING_FLOPS, sizes)
+        return float(np.polyfit(np.log(best.flops), np.log(best.loss), 1)[0])
 
     def exponent_limits(self) -> tuple[float, float]:
-        """The slope for N_E -> 0, beta / (alpha/3 + beta), and for N_E -> infinity, the law's own a."""
+        """The slopes for N_E -> 0, beta / (alpha/3 + beta), and N_E -> infinity, the law's a."""
         return self.law.beta / (self.law.alpha / 3 + self.law.beta), self.law.a
 
     def optimum(self, non_embedding_flops) -> Optimum:
-        """The best (N_E, D) for 6 N_E D = `non_embedding_flops`; C_E(N_E) is inverted by bisection."""
+        """The best (N_E, D) for 6 N_E D = `non_embedding_flops`, inverting C_E by bisection."""
         flops = positive(non_embedding_flops, "non_embedding_flops")
         low, high = np.zeros_like(flops), np.full_like(flops, np.log(1e20))
         for _ in range(100):
