@@ -1,4 +1,4 @@
-"""Prepares the corpus of a config (downloads, checks, tokenises, stores) and prints its statistics.
+"""Prepares a config's corpus (downloads, checks, tokenises, stores) and prints its statistics.
 
 python -m lm.data --config=configs/tiny.py [--config.data.tokenizer=bpe:4096]
 """

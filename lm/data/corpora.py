@@ -1,4 +1,4 @@
-"""Corpora by name. A corpus is a key (what it holds, without reading it) and a way to read its documents."""
+"""Corpora by name. A corpus is a key (what it holds) and a way to read its documents."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -8,14 +8,14 @@ from typing import NamedTuple
 from lm.command import BadInput
 from lm.data import pd_english
 
-# tensorflow_datasets is imported only where there is something to build or to read: a prepared store
-# opens without it, in milliseconds.
+# tensorflow_datasets is imported only where there is something to build or to read: a prepared
+# store opens without it, in milliseconds.
 
 SPLITS = ("train", "validation", "test")
 
 
 class Document(NamedTuple):
-    """One document: its text, the source within the corpus, and its split where the corpus says (else by hash)."""
+    """A text, its source within the corpus, and its split ("": by hash, as the store does)."""
 
     text: str
     source: str
@@ -23,7 +23,7 @@ class Document(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """``key`` changes when the text does; ``read`` yields every document, in the same order each time.
+    """``key`` changes when the text does; ``read`` yields every document, always in the same order.
 
     ``read`` raises ``BadInput`` naming the file where something cannot be read.
     """
@@ -34,7 +34,7 @@ class Corpus(NamedTuple):
 
 
 def find(name: str, files: str, data_dir: Path) -> Corpus:
-    """The corpus ``name``: ``pd_english``, ``text`` (with a glob in ``files``), ``text:GLOB``, or a TFDS name.
+    """The corpus ``pd_english``, ``text`` (a glob in ``files``), ``text:GLOB``, or a TFDS name.
 
     Reads nothing but the user's own files (to know their content's hash).
     """
@@ -56,7 +56,7 @@ def _read_pd_english(data_dir: Path) -> Iterator[Document]:
 
 
 def _read_tfds(name: str, data_dir: Path) -> Iterator[Document]:
-    """Documents of any TFDS data set with a text feature; ``name`` may be a folder that TFDS has prepared."""
+    """Documents of a TFDS data set with a text feature, by name or prepared folder."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
@@ -77,11 +77,13 @@ def _read_tfds(name: str, data_dir: Path) -> Iterator[Document]:
     except Exception as error:  # whatever a builder's download and parsing may raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(
-            f"data.corpus = {name!r}: not pd_english, text or mixture, and TFDS cannot prepare it ({reason})"
+            f"data.corpus = {name!r}: not pd_english, text or mixture, and TFDS cannot prepare it"
+            f" ({reason})"
         ) from error
     for split, examples in sources.items():
         wanted = split if split in SPLITS else "train"
-        # A validation or test split of its own is kept; what is missing is held out of train by hash.
+        # A validation or test split of its own is kept; what is missing is held out of train by
+        # hash.
         own = "" if wanted == "train" else wanted
         for index, example in enumerate(examples):
             try:
@@ -103,6 +105,7 @@ def _text_feature(name: str, features) -> str:
         return "text"
     if len(texts) != 1:
         raise BadInput(
-            f"data.corpus = {name!r}: needs a feature 'text' or exactly one text feature, has {sorted(features)}"
+            f"data.corpus = {name!r}: needs a feature 'text' or exactly one text feature,"
+            f" has {', '.join(sorted(features))}"
         )
     return texts[0]

@@ -1,4 +1,4 @@
-"""From a prepared store to batches: ``batch(seed, step)`` is a pure function, the same on any number of hosts.
+"""From a prepared store to batches: ``batch(seed, step)`` is a pure function, on any host.
 
 Axes: N steps, B rows of the global batch, T positions.
 """
@@ -20,12 +20,12 @@ VALIDATION_SEED = 0  # the fixed choice of held-out windows, whatever a run's ow
 
 
 class Batch(NamedTuple):
-    """Position t of ``inputs_BT`` is trained to give position t of ``targets_BT``, the token that follows.
+    """int32 tokens; position t of ``targets_BT`` is the token after position t of ``inputs_BT``.
 
-    ``weights_BT`` (float32, None = all 1) is 0 where a target does not count: in padding rows, and where it
-    belongs to another document than its input. ``segments_BT`` numbers the documents of a row from 0 and
-    ``positions_BT`` counts from each one's start (from the window's start for the first); both are None
-    unless documents are respected.
+    ``weights_BT`` (float32, None = all 1) is 0 where a target does not count: in padding rows, and
+    where it belongs to another document than its input. ``segments_BT`` numbers the documents of a
+    row from 0 and ``positions_BT`` counts from each one's start (from the window's start for the
+    first); both are None unless documents are respected.
     """
 
     inputs_BT: np.ndarray
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One corpus of the dataset: its store, its weight, and the windows of each split as views (window, T + 1)."""
+    """One corpus: its share of the rows, its store, and each split as a view (window, T + 1)."""
 
     name: str
     weight: float
@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 
 class Dataset:
-    """The corpora of a config as windows of ``seq_len`` + 1 tokens at stride ``seq_len``. See ``open_dataset``."""
+    """Windows of ``seq_len`` + 1 tokens at stride ``seq_len``. Made by ``open_dataset``."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: list[Source]):
         self.config = config
@@ -129,14 +129,14 @@ class Dataset:
         return Batch(inputs, targets, weights, segments, positions)
 
     def validation(self, batch_size: int) -> Iterator[Batch]:
-        """The fixed validation windows: ``data.validation_tokens`` in whole windows, corpora by weight.
+        """The fixed validation windows: ``validation_tokens`` in all, corpora by weight.
 
         Weights are always there; the last batch is filled up with rows of weight 0.
         """
         return self._held_out("validation", batch_size)
 
     def test(self, batch_size: int) -> Iterator[Batch]:
-        """As ``validation``, from the test split; all of it where it is smaller than ``data.validation_tokens``."""
+        """As ``validation``, of the test split (all of it where that has fewer tokens)."""
         return self._held_out("test", batch_size)
 
     def _held_out(self, split: str, batch_size: int) -> Iterator[Batch]:
@@ -155,29 +155,31 @@ class Dataset:
             yield self._batch(np.concatenate([part, padding]), weights)
 
     def _chosen(self, split: str) -> list[np.ndarray]:
-        """Indices of the held-out windows of each corpus: spread over the split, so over all its sources."""
+        """The held-out windows of each corpus, drawn from the whole split and so all sources."""
         wanted = self.config.validation_tokens // self.config.seq_len
         result = []
         for i, source in enumerate(self.sources):
             n_windows = len(source.windows[split])
-            n = round(wanted * source.weight)
-            n = min(n, n_windows) if split == "test" else n
+            n = min(round(wanted * source.weight), n_windows)
             keys = order.key(VALIDATION_SEED, i)
             result.append(order.permute(np.arange(n, dtype=np.int64), n_windows, keys))
         return result
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Opens the corpora of ``config``, preparing first what is missing (download, tokenizer, store).
+    """Opens the corpora of ``config``, preparing what is missing (download, tokenizer, store).
 
-    Prepared, it takes milliseconds and works offline. Raises ``BadInput`` with one line that names what is
-    wrong, and ``OSError`` where the disk is full; neither leaves anything half-written behind.
+    Prepared, it takes milliseconds and works offline. Raises ``BadInput`` with one line that names
+    what is wrong, and ``OSError`` where the disk is full; neither leaves anything half-written
+    behind.
     """
     data_dir = Path(config.data_dir)
     if config.corpus == "mixture":
         named = [(corpora.find(name, "", data_dir), weight) for name, weight in config.mixture]
     else:
         named = [(corpora.find(config.corpus, config.files, data_dir), 1.0)]
+    if len({corpus.name for corpus, _ in named}) < len(named):
+        raise BadInput("data.mixture: names a corpus twice; give it one weight")
     total = sum(weight for _, weight in named)
     surveys: dict[str, store.Survey] = {}
     tokenizer = _tokenizer(config.tokenizer, [c for c, _ in named], data_dir, surveys)
@@ -199,9 +201,10 @@ def _tokenizer(
     if size is None:
         if not name.endswith(".json"):
             raise BadInput(
-                f"data.tokenizer = {name!r}: must be bytes, bpe:SIZE, or the path of a tokenizer.json"
+                f"data.tokenizer = {name!r}: must be bytes, bpe:SIZE, or a tokenizer.json's path"
             )
         return tokenizers.JsonTokenizer(name)
+    # One tokenizer for a whole mixture, learned from all of its training text.
     path = data_dir / "tokenizers" / f"bpe-{size}-{_joint_key(named)}.json"
     if not path.exists():
         with store.preparing(data_dir):
@@ -246,17 +249,18 @@ def _check(config: DataConfig, sources: list[Source]) -> None:
         tokens, windows = len(source.store.tokens["train"]), source.windows
         if not len(windows["train"]):
             raise BadInput(
-                f"data.seq_len = {config.seq_len}: must be at most {tokens - 1}, since corpus {source.name}"
-                f" has {tokens} training tokens"
+                f"data.seq_len = {config.seq_len}: must be at most {tokens - 1}, since corpus"
+                f" {source.name} has {tokens} training tokens"
             )
         # The largest setting that every source can serve at its weight.
         most = int(len(windows["validation"]) / source.weight) * config.seq_len
         if config.validation_tokens // config.seq_len * source.weight > len(windows["validation"]):
             raise BadInput(
-                f"data.validation_tokens = {config.validation_tokens}: must be at most {most}, what the"
-                f" held-out documents of corpus {source.name} give at data.seq_len = {config.seq_len}"
+                f"data.validation_tokens = {config.validation_tokens}: must be at most {most}, what"
+                f" corpus {source.name} holds out at data.seq_len = {config.seq_len}"
             )
     if config.validation_tokens < config.seq_len:
         raise BadInput(
-            f"data.validation_tokens = {config.validation_tokens}: must be at least data.seq_len = {config.seq_len}"
+            f"data.validation_tokens = {config.validation_tokens}: must be at least"
+            f" data.seq_len = {config.seq_len}"
         )

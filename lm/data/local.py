@@ -1,4 +1,4 @@
-"""The user's own text: a glob of .txt, .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst and .parquet files."""
+"""The user's own text: .txt, .jsonl (plain, .gz, .xz or .zst) and .parquet files."""
 
 import glob
 import hashlib
@@ -73,12 +73,13 @@ def _decoded(data: bytes, path: str, offset: int) -> str:
         return data.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"{path}: invalid UTF-8 at byte offset {offset + error.start} (0x{data[error.start]:02x})"
+            f"{path}: invalid UTF-8 at byte offset {offset + error.start}"
+            f" (0x{data[error.start]:02x})"
         ) from error
 
 
 def _pieces(text: str, longest: int) -> Iterator[str]:
-    """``text`` whole, or cut after a paragraph (else a line, else anywhere) into at most ``longest`` characters."""
+    """``text``, cut after paragraphs (else lines, words) into at most ``longest`` characters."""
     start = 0
     while len(text) - start > longest:
         end = start + longest

@@ -1,4 +1,4 @@
-"""Mixtures: which source a row of the global batch reads, and how often each source has been read."""
+"""Mixtures: which source each row of the global batch reads, and the epochs of each source."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,10 +10,11 @@ UNIT = 2**32  # weights are multiples of 1 / UNIT, so that counts are exact in i
 
 
 def assign(rows: np.ndarray, weights: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, index within that source) of each global row (int64, below 2**31), a pure function of its arguments.
+    """(source, index within the source), int64 each, of global rows (int64, below 2**31).
 
-    Of the first n rows, source i reads n * weight_i to within one per source, whatever the batch size: rows are
-    dealt evenly rather than drawn, and each source's own indices run 0, 1, 2, ... without a gap.
+    Of the first n rows, source i reads n * weight_i to within one per source, whatever the batch
+    size: rows are dealt evenly rather than drawn, and each source's own indices run 0, 1, 2, ...
+    without a gap.
     """
     source = np.full(rows.shape, len(weights) - 1, np.int64)
     local = rows.astype(np.uint64)  # the index among the rows that no earlier source took

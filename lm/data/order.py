@@ -1,4 +1,4 @@
-"""The order of windows: pure functions of (seed, epoch, index), so any host computes any part of it.
+"""The order of windows: pure functions of (seed, epoch, index), so any host finds any part.
 
 Nothing here needs memory in the number of windows, or a state to save.
 """
@@ -27,11 +27,12 @@ def key(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Where ``index`` (int64, 0 <= index < size) goes in the permutation of range(size) of ``keys``.
+    """Where ``index`` (int64, one axis) goes in the permutation of range(size) of ``keys``.
 
-    ``keys`` are one for all or one for each index. A Feistel network on the digits of the index in a
-    rectangle just larger than the range, repeated where the result falls outside (generalised Feistel
-    cipher with cycle walking; Black and Rogaway 2002): a bijection, at a cost independent of ``size``.
+    ``keys`` are one for all or one for each index. A Feistel network on the digits of the index in
+    a rectangle just larger than the range, repeated where the result falls outside (generalised
+    Feistel cipher with cycle walking; Black and Rogaway 2002): a bijection, at a cost independent
+    of ``size``.
     """
     rows = max(1, math.isqrt(size - 1) + 1)
     columns = -(-size // rows)

