@@ -4,6 +4,7 @@ Exit codes: 0 done (and ``--help``), 1 a failure, 2 bad input (nothing was writt
 """
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from absl import flags, logging
 
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # a line, no traceback
 OVERRIDES = "config_overrides"  # the flag that collects every --config.section.key=value
 
 
@@ -58,6 +60,11 @@ def run(
         return _refuse(f"unknown flag --{error.flagname}{nearest(error.flagname, names)}")
     except flags.Error as error:
         return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        return FAILED
 
 
 def _reset(flag_values: flags.FlagValues) -> None:
