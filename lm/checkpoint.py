@@ -22,7 +22,7 @@ def claim(workdir: Path, config: configuration.Config, force: bool = False) -> d
     wanted = configuration.to_dict(config)
     if path.exists():
         found = json.loads(path.read_text())["config"]
-        changed = list(differences(found, wanted))
+        changed = list(configuration.differences(found, wanted))
         if changed and not force:
             raise BadInput(
                 f"{workdir} holds a run of another config ({'; '.join(changed)}): use another --workdir, or --force"
@@ -43,22 +43,13 @@ def load_config(workdir: Path) -> configuration.Config:
     return configuration.from_config_dict(json.loads(path.read_text())["config"])
 
 
-def differences(old: Any, new: Any, path: str = "config"):
-    """Yields ``"config.a.b: old -> new"`` for each leaf that differs between two JSON trees."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys((*old, *new)):
-            yield from differences(old.get(key), new.get(key), f"{path}.{key}")
-    elif old != new:
-        yield f"{path}: {old!r} -> {new!r}"
-
-
 class Checkpoints:
-    """The newest training states of a run, written by Orbax: asynchronous, atomic, sharded.
+    """The newest training states of a run and one kept for ever, by Orbax: asynchronous, atomic, sharded.
 
     A state restores onto any mesh: the abstract state says where its arrays shall lie.
     """
 
-    def __init__(self, workdir: Path, keep: int = 2, keep_steps: tuple[int, ...] = ()):
+    def __init__(self, workdir: Path, kept_step: int | None = None, newest: int = 2):
         import orbax.checkpoint as ocp  # a second of import that a run without checkpoints saves
 
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
@@ -68,7 +59,7 @@ class Checkpoints:
             (workdir / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep), policies.CustomSteps(list(keep_steps))]
+                    [policies.LatestN(newest), policies.CustomSteps([kept_step])]
                 ),
                 enable_async_checkpointing=True,
             ),

@@ -5,10 +5,13 @@ Two maps, since what is *stored* (parameters, optimizer state) need not lie as w
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm.command import BadInput
 
 STORED = {
     "embed": None,
@@ -50,6 +53,26 @@ def partitioned(init: Callable, *logical: str | None) -> Callable:
     """
     _mesh_axes(logical, STORED)
     return nn.with_logical_partitioning(init, logical)
+
+
+def stored_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """The sharding of every boxed parameter (and of the optimizer's state like it) on ``mesh``.
+
+    Raises ``BadInput`` where a mesh axis does not divide the dimension that lies on it.
+    """
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules())
+
+    def check(path, leaf, sharding):
+        for i, axis in enumerate(sharding.spec):
+            if axis is not None and leaf.shape[i] % mesh.shape[axis]:
+                name = path[-1].key if hasattr(path[-1], "key") else jax.tree_util.keystr(path)
+                raise BadInput(
+                    f"{name} has {leaf.shape[i]} {('rows', 'columns')[i > 0]} along an axis laid over"
+                    f" mesh.{axis} = {mesh.shape[axis]}: must divide evenly"
+                )
+
+    jax.tree_util.tree_map_with_path(check, nn.meta.unbox(abstract), shardings)
+    return shardings
 
 
 def named_sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:

@@ -25,13 +25,24 @@ def main() -> int | None:
         raise BadInput("--workdir is missing; as --workdir=runs/tiny")
 
     # After the flags were read, so that a mistyped one is told at once.
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from lm.train.device import keep_compiled
     from lm.train.loop import train
 
     keep_compiled()
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task("preparing", total=None)
 

@@ -1,5 +1,6 @@
 """One run, from config to ``result.json``. The same call again resumes it, or returns its result."""
 
+import contextlib
 import json
 import math
 import time
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from lm import arithmetic, data
-from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, claim
+from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, claim, load_config
 from lm.command import BadInput, write_atomically
 from lm.config import Config
 from lm.score import Score, score
@@ -55,8 +56,8 @@ def train(
       programs: compiled programs, shared between calls of one process.
       dataset: the opened data of ``config.data``, where the caller has it open.
       progress: called after every dispatch.
-      start_from: the folder of a stable run of the same model, batch and seed whose checkpoint at
-        the step where this run's decay begins is continued (WSD's branches).
+      start_from: the folder of a shorter ``wsd`` run of the same model, batch, rate and seed. This
+        run then continues it from where its decay began; the result counts the whole path.
       force: continue although the folder was begun under another config.
 
     Raises:
@@ -76,13 +77,13 @@ def train(
             f"model.vocab_size = {config.model.vocab_size}: must be at least the tokenizer's"
             f" {dataset.vocab_size}"
         )
-    done = claim(workdir, config, force)
-    if done is not None:
-        return done
     programs = {} if programs is None else programs
     key = Program.key(config)
     if key not in programs:
         programs[key] = Program(config, mesh)
+    done = claim(workdir, config, force)
+    if done is not None:
+        return done
     run = _Run(config, recipe, workdir, dataset, programs[key], progress)
     return run.to_the_end(start_from)
 
@@ -98,63 +99,67 @@ class _Run:
         self.last_score: Score | None = None
 
     def to_the_end(self, start_from: str | Path | None) -> dict:
-        started, compiled = time.perf_counter(), self.program.compile_seconds
-        train, n_steps = self.config.train, self.recipe.n_steps
-        self.checkpoints = None
-        if train.checkpoint_every >= 0 or train.checkpoint_at:
-            self.checkpoints = Checkpoints(self.workdir, keep_steps=train.checkpoint_at)
-        state, step = self._first_state(start_from)
-        self.log = MetricsLog(self.workdir, step)
-        earlier = dict(self.seconds)
-
-        def clock() -> None:
-            self.seconds["wall"] = earlier["wall"] + time.perf_counter() - started
-            self.seconds["compile"] = (
-                earlier["compile"] + self.program.compile_seconds - compiled
-            )
-
-        diverged = False
-        batches = self._batches(step)
-        while step < n_steps and not diverged:
-            n = self._next_stop(step) - step
-            compiling = self.program.compile_seconds
-            dispatched = time.perf_counter()
-            state, metrics = self.program.train(state, batches, n, self.recipe.schedule)
-            if step + n < n_steps:
-                batches = self._batches(step + n)  # read while the device works
-            losses = np.asarray(metrics.loss)[:n]
-            seconds = time.perf_counter() - dispatched
-            seconds -= self.program.compile_seconds - compiling
-            self.seconds["step"] += seconds
-            diverged = not np.all(np.isfinite(losses))
-            validation = None
-            if not diverged and self._due(step + n, train.evaluate_every):
-                validation = self.evaluate(state).loss
-            self._write_log(step, losses, metrics, seconds / n, validation)
-            step += n
-            if not diverged and self.checkpoints and (
-                self._due(step, train.checkpoint_every) or step in train.checkpoint_at
-            ):
-                clock()
-                self._save(state, step)
-            if self.progress:
-                self.progress(
-                    Progress(
-                        step,
-                        n_steps,
-                        step * self.recipe.batch_tokens,
-                        step * self.recipe.batch_tokens * self.recipe.flops_per_token,
-                        float(losses[-1]),
-                        self.seconds["step"],
-                    )
-                )
-        self.log.close()
-        if self.checkpoints:
-            self.checkpoints.close()
-        clock()
-        result = self._result("diverged" if diverged else "done", step)
+        with contextlib.ExitStack() as stack:  # an error, too, waits for the checkpoint under way
+            self.checkpoints = None
+            if self.config.train.checkpoint_every >= 0:
+                self.checkpoints = Checkpoints(self.workdir, self.recipe.branch_step)
+                stack.callback(self.checkpoints.close)
+            self._start_clock()
+            state, step = self._first_state(start_from)
+            self.log = MetricsLog(self.workdir, step, self.config.train.tensorboard)
+            stack.callback(self.log.close)
+            status, step = self._steps(state, step)
+        self._read_clock()
+        result = self._result(status, step)
         write_atomically(self.workdir / "result.json", json.dumps(result, indent=1))
         return result
+
+    def _steps(self, state: State, step: int) -> tuple[str, int]:
+        """Runs from ``step`` to the end. Returns the status and the last step."""
+        train, recipe = self.config.train, self.recipe
+        batches = self._batches(step)
+        while step < recipe.n_steps:
+            n = self._next_stop(step) - step
+            compiling, dispatched = self.program.compile_seconds, time.perf_counter()
+            state, metrics = self.program.train(state, batches, n, recipe.schedule)
+            if step + n < recipe.n_steps:
+                batches = self._batches(step + n)  # read while the device works
+            losses = np.asarray(metrics.loss)[:n]
+            seconds = time.perf_counter() - dispatched - (self.program.compile_seconds - compiling)
+            self.seconds["step"] += seconds
+            end = step + n
+            finite = bool(np.all(np.isfinite(losses)))
+            validation = None
+            if finite and self._due(end, train.evaluate_every):
+                validation = self._evaluate(state).loss
+            self._write_log(step, losses, metrics, seconds / n, validation)
+            step = end
+            if not finite:
+                return "diverged", step
+            if self.checkpoints and (
+                self._due(step, train.checkpoint_every) or step == recipe.branch_step
+            ):
+                self._save(state, step)
+            if self.progress:
+                tokens = step * recipe.batch_tokens
+                flops = tokens * recipe.flops_per_token
+                self.progress(
+                    Progress(
+                        step, recipe.n_steps, tokens, flops, float(losses[-1]), self.seconds["step"]
+                    )
+                )
+        return "done", step
+
+    def _start_clock(self) -> None:
+        self._started = time.perf_counter()
+        self._compiled = self.program.compile_seconds
+
+    def _read_clock(self) -> None:
+        """Adds the time since the last reading, so that a resumed run's times are all its pieces'."""
+        now, compiled = time.perf_counter(), self.program.compile_seconds
+        self.seconds["wall"] += now - self._started
+        self.seconds["compile"] += compiled - self._compiled
+        self._started, self._compiled = now, compiled
 
     def _first_state(self, start_from: str | Path | None) -> tuple[State, int]:
         """The newest checkpoint of this run, else of ``start_from``, else a fresh state."""
@@ -167,12 +172,12 @@ class _Run:
                 self.last_score = Score(**meta["validation"])
             return state, int(state.step)
         if start_from is not None:
-            stable = Checkpoints(Path(start_from))
-            at = round(self.recipe.schedule.decay_start)
-            found = stable.restore(abstract, at)
-            stable.close()
-            if not found:
-                raise BadInput(f"{start_from}: no checkpoint of step {at} to branch from")
+            at = resolve(load_config(Path(start_from))).branch_step
+            shorter = Checkpoints(Path(start_from))
+            found = shorter.restore(abstract, at)
+            shorter.close()
+            if not found or at > self.recipe.branch_step:
+                raise BadInput(f"{start_from}: holds no checkpoint to branch from")
             return found[0], at
         return self.program.init(self.config.train.seed), 0
 
@@ -189,13 +194,14 @@ class _Run:
         for every in (train.evaluate_every, train.checkpoint_every):
             if every > 0:
                 stops.append(step - step % every + every)
-        stops += [at for at in train.checkpoint_at if at > step]
+        if self.recipe.branch_step and self.recipe.branch_step > step:
+            stops.append(self.recipe.branch_step)
         return min(stops)
 
     def _due(self, step: int, every: int) -> bool:
         return step == self.recipe.n_steps and every >= 0 or every > 0 and step % every == 0
 
-    def evaluate(self, state: State) -> Score:
+    def _evaluate(self, state: State) -> Score:
         """The validation score of ``state``."""
         compiling, started = self.program.compile_seconds, time.perf_counter()
         sequences = math.lcm(EVALUATION_SEQUENCES, self.program.mesh.shape["data"])
@@ -237,10 +243,11 @@ class _Run:
         self.log.flush()
 
     def _save(self, state: State, step: int) -> None:
+        self._read_clock()
         meta = {
             "schema": SCHEMA,
-            "seconds": self.seconds,
-            "unlogged": self.unlogged,
+            "seconds": dict(self.seconds),
+            "unlogged": list(self.unlogged),
             "validation": vars(self.last_score) if self.last_score else None,
         }
         self.checkpoints.save(step, state, meta)

@@ -22,6 +22,8 @@ class Recipe:
     batch_tokens: int
     tokens: int  # D, in whole batches
 
+    branch_step: int | None  # wsd: the step where decay begins, from which longer runs can branch
+
     @property
     def flops(self) -> float:
         """C, exact training FLOPs of the run."""
@@ -41,7 +43,9 @@ def resolve(config: Config) -> Recipe:
 
     wanted = arithmetic.batch_tokens(train.batch_rule, train.batch_tokens, params, tokens) / seq_len
     # A rule's batch is rounded onto a ladder so that compiled programs recur; a given one is not.
-    sequences = max(1, round(wanted) if train.batch_rule == "fixed" else arithmetic.round_batch(wanted))
+    sequences = max(
+        1, round(wanted) if train.batch_rule == "fixed" else arithmetic.round_batch(wanted)
+    )
     if sequences % train.accumulation:
         raise BadInput(
             f"train.accumulation = {train.accumulation}: must divide the batch of {sequences} sequences"
@@ -64,9 +68,10 @@ def resolve(config: Config) -> Recipe:
         optimizer.warmup_rule, optimizer.warmup, params, tokens, optimizer.warmup_max_fraction
     )
     warmup = warmup_tokens / batch_tokens
+    branch_step = None
     if optimizer.schedule == "wsd":
-        decay_steps = optimizer.decay_fraction * n_steps
-        decay_start = n_steps - decay_steps
+        branch_step = decay_start = round((1 - optimizer.decay_fraction) * n_steps)
+        decay_steps = n_steps - decay_start
     else:
         decay_start = warmup
         decay_steps = (optimizer.decay_tokens / batch_tokens or n_steps) - warmup
@@ -87,4 +92,5 @@ def resolve(config: Config) -> Recipe:
         ),
         batch_tokens=batch_tokens,
         tokens=tokens,
+        branch_step=branch_step,
     )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lm.config import Config
 from lm.data import Batch
 from lm.model import Decoder, cross_entropy
-from lm.sharding import named_sharding, rules
+from lm.sharding import named_sharding, rules, stored_shardings
 from lm.train.optimizer import adamw, apply_updates
 from lm.train.schedule import Schedule, learning_rate
 
@@ -50,8 +50,7 @@ class Program:
         self.decoder = Decoder(config.model, config.data.seq_len)
         self.optimizer = adamw(config.optimizer)
         self.abstract_state = jax.eval_shape(self._init, jax.random.key(0))
-        specs = nn.get_partition_spec(self.abstract_state)
-        self.state_sharding = nn.logical_to_mesh_sharding(specs, mesh, rules())
+        self.state_sharding = stored_shardings(self.abstract_state, mesh)
         self.abstract_state = nn.meta.unbox(self.abstract_state)
         self._run_init = self._compile(
             lambda key: nn.meta.unbox(self._init(key)), out_shardings=self.state_sharding
@@ -112,9 +111,7 @@ class Program:
     def _put(self, batch: Batch, *logical: str | None) -> Batch:
         """This host's rows as global arrays on the mesh."""
         sharding = named_sharding(self.mesh, *logical)
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-        )
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
     def _nats(self, params, batch: Batch) -> jax.Array:
         logits_BTV = self.decoder.apply(
@@ -150,7 +147,7 @@ class Program:
         params = apply_updates(
             state.params, direction, rate, schedule.matrix_scale, config.weight_decay
         )
-        metrics = Metrics(loss, optax.global_norm(gradient), rate)
+        metrics = Metrics(loss, optax.tree.norm(gradient), rate)
         return State(state.step + 1, params, moments), metrics
 
     def _train(self, state: State, batches: Batch, n_steps: jax.Array, schedule: Schedule):

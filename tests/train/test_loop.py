@@ -1,0 +1,183 @@
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from lm import arithmetic, command
+from lm.checkpoint import Checkpoints, abstract_like
+from lm.command import BadInput
+from lm.config import Config, MeshConfig, ModelConfig, replace, to_dict
+from lm.data import open_dataset
+from lm.sharding import make_mesh
+from lm.train import __main__ as main
+from lm.train import loop
+from lm.train.metrics import MetricsLog, read_metrics
+from lm.train.recipe import resolve
+from lm.train.step import Program
+
+TIMES = ("seconds", "per_second", "peak_share", "device")
+
+
+@pytest.fixture(scope="module")
+def config(text_data):
+    return Config(
+        model=ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=24),
+        data=text_data,
+        mesh=MeshConfig(data=8),
+        train=replace(
+            Config(), train={"tokens": 64.0 * 8 * 20, "batch_tokens": 64.0 * 8, "log_every": 3}
+        ).train,
+    )
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return {}
+
+
+def timeless(line):
+    return {k: v for k, v in line.items() if not any(word in k for word in TIMES)}
+
+
+def final_params(config, workdir):
+    program = Program(config, make_mesh(config.mesh))
+    checkpoints = Checkpoints(workdir)
+    state, _ = checkpoints.restore(abstract_like(program.abstract_state, program.state_sharding))
+    checkpoints.close()
+    return jax.device_get(state)
+
+
+def test_a_run_ends_with_its_result_and_log(config, programs, tmp_path):
+    seen = []
+    result = loop.train(config, tmp_path, programs=programs, progress=seen.append)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    count = arithmetic.parameters(config.model, 64)
+    assert result["status"] == "done" and result["params"] == count.blocks_and_head
+    assert result["tokens"] == 64 * 8 * 20
+    assert result["flops"] == arithmetic.training_flops(config.model, 64, result["tokens"])
+    assert 0 < result["loss"] < math.log(257)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    # Bytes: every token but end-of-text is one byte, so bits per byte is a little above loss / ln 2.
+    assert 1.0 <= result["bits_per_byte"] * math.log(2) / result["loss"] < 1.01
+
+    log = read_metrics(tmp_path)
+    assert [line["step"] for line in log] == [3, 6, 9, 12, 15, 18, 20]
+    assert log[-1]["validation_loss"] == result["loss"]
+    assert log[-1]["flops"] == result["flops"]
+    assert [p.step for p in seen] == [16, 20] and seen[-1].flops == result["flops"]
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == to_dict(config)
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+
+def test_the_result_is_the_score_of_the_final_state(config, programs, tmp_path):
+    result = loop.train(config, tmp_path, programs=programs)
+    state = final_params(config, tmp_path)
+    dataset, total, count = open_dataset(config.data), 0.0, 0
+    decoder = programs[Program.key(config)].decoder
+    for batch in dataset.validation(1):
+        logits = decoder.apply({"params": state.params}, batch.inputs_BT)
+        nats = -jax.nn.log_softmax(logits)[0, np.arange(64), batch.targets_BT[0]]
+        total, count = total + float(nats.sum()), count + 64
+    assert count == result["validation_tokens"] == 1024
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_resumed_is_bit_identical_to_undisturbed(config, programs, tmp_path, monkeypatch):
+    config = replace(config, train={"checkpoint_every": 7, "evaluate_every": 10})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    wanted = loop.train(config, whole, programs=programs)
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress):
+        if progress.step >= 15:
+            raise Killed
+
+    with pytest.raises(Killed):
+        loop.train(config, parts, programs=programs, progress=kill)
+    assert not (parts / "result.json").exists()
+    assert (
+        read_metrics(parts)[-1]["step"] >= 15
+    )  # beyond the checkpoint of step 14: forgotten again
+    found = loop.train(config, parts, programs=programs)
+    assert timeless(found) == timeless(wanted)
+    assert [timeless(x) for x in read_metrics(parts)] == [timeless(x) for x in read_metrics(whole)]
+    jax.tree.map(
+        np.testing.assert_array_equal, final_params(config, parts), final_params(config, whole)
+    )
+
+
+def test_a_checkpoint_restores_onto_another_mesh(config, programs, tmp_path):
+    loop.train(config, tmp_path, programs=programs)
+    other = replace(config, mesh={"data": 4, "model": 2})
+    jax.tree.map(
+        np.testing.assert_array_equal, final_params(other, tmp_path), final_params(config, tmp_path)
+    )
+
+
+def test_a_finished_run_is_returned_and_another_config_refused(config, programs, tmp_path):
+    result = loop.train(config, tmp_path, programs=programs)
+    assert loop.train(config, tmp_path) == result
+    other = replace(config, optimizer={"learning_rate": 0.5})
+    with pytest.raises(BadInput, match=r"config.optimizer.learning_rate: 0.003 -> 0.5"):
+        loop.train(other, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_a_diverged_run_says_so(config, tmp_path):
+    explosive = replace(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0})
+    result = loop.train(explosive, tmp_path)
+    assert result["status"] == "diverged" and result["loss"] is None
+    assert all(
+        line["train_loss"] is None or line["train_loss"] > 0 for line in read_metrics(tmp_path)
+    )
+
+
+def test_a_branch_is_the_longer_run_itself(config, tmp_path):
+    """A wsd run continued from where a shorter one began to decay equals one from scratch."""
+    short = replace(config, optimizer={"schedule": "wsd", "warmup": 0.01})
+    long = replace(short, train={"tokens": 64.0 * 8 * 40})
+    programs = {}
+    loop.train(short, tmp_path / "short", programs=programs)
+    wanted = loop.train(long, tmp_path / "scratch", programs=programs)
+    found = loop.train(long, tmp_path / "branch", programs=programs, start_from=tmp_path / "short")
+    assert found["loss"] == wanted["loss"] and found["tokens"] == wanted["tokens"]
+    first = read_metrics(tmp_path / "branch")[0]["step"]
+    assert first > resolve(short).branch_step  # it really began there
+
+
+def test_a_small_vocabulary_and_an_indivisible_batch_are_refused(config, tmp_path):
+    small = replace(config, model={"vocab_size": 100})
+    with pytest.raises(
+        BadInput, match="model.vocab_size = 100: must be at least the tokenizer's 257"
+    ):
+        loop.train(small, tmp_path / "run")
+    ragged = replace(config, train={"batch_tokens": 64.0 * 3})
+    with pytest.raises(BadInput, match="must be a multiple of the mesh's data axis, 8"):
+        loop.train(ragged, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_axis_that_does_not_divide_its_dimension_is_refused(config, tmp_path):
+    odd = replace(config, model={"vocab_size": 257}, mesh={"data": 4, "model": 2})
+    with pytest.raises(BadInput, match=r"embedding has 257 rows .* mesh.model = 2"):
+        loop.train(odd, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_torn_line_of_the_log_is_forgotten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    log = MetricsLog(tmp_path, step=1, tensorboard=False)
+    log.write({"step": 2, "loss": float("nan")})
+    log.close()
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "loss": None}]
+
+
+def test_the_command_needs_a_workdir(capsys):
+    argv = ["lm.train", "--config=configs/tiny.py"]
+    assert command.run(main.main, main.FLAGS, main.__doc__, argv) == command.BAD_INPUT
+    assert "--workdir is missing" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm.config import Config, MeshConfig, ModelConfig, replace
+from lm.data import Batch
+from lm.model import Decoder, cross_entropy
+from lm.sharding import make_mesh
+from lm.train.schedule import Schedule
+from lm.train.step import Program
+
+MODEL = ModelConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24)
+CONFIG = replace(
+    Config(model=MODEL, mesh=MeshConfig(data=1)),
+    data={"seq_len": 8},
+    train={"steps_per_dispatch": 4, "batch_tokens": 64.0},
+)
+SCHEDULE = Schedule(0.01, 1.0, 2.0, 2.0, 10.0, 0.0)
+
+
+def batches(n=4, ragged=True):
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 32, (n, 8, 9)).astype(np.int32)
+    weights = (draw.random((n, 8, 8)) < 0.6).astype(np.float32)
+    weights[:, 0] = 0  # a row with nothing to predict
+    return Batch(tokens[..., :-1], tokens[..., 1:], weights if ragged else None, None, None)
+
+
+def train(config=CONFIG, devices=1, n_steps=4, given=None, dispatches=1):
+    program = Program(config, make_mesh(config.mesh, jax.devices()[:devices]))
+    state = program.init(seed=1)
+    for _ in range(dispatches):
+        state, metrics = program.train(state, given or batches(), n_steps, SCHEDULE)
+    return jax.device_get(state), jax.device_get(metrics), program
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train()
+
+
+def assert_same(found, wanted, rtol=2e-4, atol=2e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), found, wanted)
+
+
+def test_the_first_step_is_adamw_on_the_mean_over_valid_tokens():
+    """Against optax's own adamw, and a loss written out."""
+    config = replace(CONFIG, optimizer={"weight_decay": 0.1, "clip_norm": 0.5, "beta2": 0.95})
+    state, metrics, program = train(config, n_steps=1)
+    batch = jax.tree.map(lambda x: x[0], batches())
+    start = program.init(seed=1).params
+    decoder = Decoder(MODEL, 8)
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(decoder.apply({"params": params}, batch.inputs_BT))
+        nats = -jnp.take_along_axis(log_p, batch.targets_BT[..., None], -1)[..., 0]
+        return jnp.sum(nats * batch.weights_BT) / batch.weights_BT.sum()
+
+    value, gradient = jax.value_and_grad(loss)(start)
+    matrices = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", start)
+    reference = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(0.005, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=matrices),
+    )
+    updates, _ = reference.update(gradient, reference.init(start), start)
+    assert_same(state.params, optax.apply_updates(start, updates), rtol=1e-4)
+    assert metrics.loss[0] == pytest.approx(float(value), rel=1e-5)
+    assert metrics.gradient_norm[0] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
+    assert metrics.learning_rate[0] == pytest.approx(0.005)
+
+
+def test_under_width_only_matrices_are_scaled():
+    still = SCHEDULE._replace(matrix_scale=0.0)
+    program = Program(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
+    before = jax.device_get(program.init(seed=1).params)
+    state, _ = program.train(program.init(seed=1), batches(), 4, still)
+    moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), before, jax.device_get(state.params))
+    for path, value in jax.tree_util.tree_leaves_with_path(moved):
+        assert value != (path[-1].key == "kernel"), path
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_accumulation_is_token_exact_under_ragged_masks(plain, n):
+    state, metrics, _ = train(replace(CONFIG, train={"accumulation": n}))
+    np.testing.assert_allclose(metrics.loss, plain[1].loss, rtol=1e-5)
+    assert_same(state.params, plain[0].params)
+
+
+def test_one_step_a_dispatch_is_the_same_run(plain):
+    program = plain[2]
+    state = program.init(seed=1)
+    losses = []
+    for i in range(4):
+        one = jax.tree.map(lambda x, i=i: np.roll(x, -i, axis=0), batches())
+        state, metrics = program.train(state, one, 1, SCHEDULE)
+        losses.append(float(metrics.loss[0]))
+    np.testing.assert_array_equal(np.float32(losses), plain[1].loss)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), plain[0])
+
+
+@pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (2, 4), (1, 2)])
+def test_any_mesh_is_the_same_run(plain, data, model):
+    config = replace(CONFIG, mesh={"data": data, "model": model})
+    state, metrics, program = train(config, devices=data * model)
+    np.testing.assert_allclose(metrics.loss, plain[1].loss, rtol=1e-5)
+    assert_same(state.params, plain[0].params)
+    up = program.init(seed=1).params["layer_0"]["feed_forward"]["up"]["kernel"]
+    assert {s.data.shape for s in up.addressable_shards} == {(16, 24 // model)}
+
+
+def test_scan_and_remat_are_the_same_run(plain):
+    for model in ({"remat": "full"}, {"scan_layers": True, "remat": "full"}):
+        config = replace(CONFIG, model=model)
+        program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
+        state = program.init(seed=1)
+        if config.model.scan_layers:
+            layers = [plain[2].init(seed=1).params[f"layer_{i}"] for i in range(2)]
+            params = {k: v for k, v in plain[2].init(seed=1).params.items() if "layer_" not in k}
+            params["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+            state = state._replace(params=params)
+        _, metrics = program.train(state, batches(), 4, SCHEDULE)
+        np.testing.assert_allclose(metrics.loss, plain[1].loss, rtol=1e-5)
+
+
+def test_nats_are_the_sum_of_the_training_loss(plain):
+    program = plain[2]
+    batch = jax.tree.map(lambda x: x[0], batches())
+    params = program.init(seed=1).params
+    logits = Decoder(MODEL, 8).apply({"params": params}, batch.inputs_BT)
+    wanted = cross_entropy(logits, batch.targets_BT, batch.weights_BT)
+    assert float(program.nats(params, batch)) == pytest.approx(float(wanted), rel=1e-5)
+    assert plain[1].loss[0] == pytest.approx(float(wanted) / batch.weights_BT.sum(), rel=1e-5)
+
+
+def test_runs_of_one_shape_share_a_program():
+    longer = replace(CONFIG, train={"tokens": 9e9, "seed": 3}, optimizer={"learning_rate": 1.0})
+    assert Program.key(longer) == Program.key(CONFIG)
+    assert Program.key(replace(CONFIG, optimizer={"beta2": 0.5})) != Program.key(CONFIG)
+    assert Program.key(replace(CONFIG, model={"d_ff": 32})) != Program.key(CONFIG)
