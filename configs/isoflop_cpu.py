@@ -1,0 +1,59 @@
+"""An IsoFLOP study on a two-core CPU: public-domain English as bytes, one family of shapes.
+
+    make isoflop STUDY=quick|full|smoke
+
+or, without make,
+
+    python -m lm.sweep --config=configs/isoflop_cpu.py:quick --workdir=runs/isoflop_cpu \
+        --backend=processes
+    python -m lm.fit --runs=runs/isoflop_cpu --out=runs/isoflop_cpu
+"""
+
+from configs import base
+from lm.command import one_of
+
+STUDIES = {
+    "smoke": dict(budgets=(1e10, 3e10, 1e11), sizes=5, spread=4.0, first_optimum=8_000.0),
+    "quick": dict(budgets=(2e11, 5e11, 1.2e12, 3e12, 5e12), sizes=6, first_optimum=17_000.0),
+    "full": dict(
+        budgets=(1e11, 3e11, 1e12, 3e12, 1e13, 3e13),
+        sizes=8,
+        first_optimum=14_000.0,
+        seeds=2,
+        seeds_small=3,
+    ),
+}
+
+
+def get_config(study="quick"):
+    """``quick``: an exponent in a quarter of an hour; ``full``: with seeds; ``smoke``: a trial."""
+    one_of("configs/isoflop_cpu.py: the study", study, list(STUDIES))
+    config = base.get_config()
+    config.name = f"isoflop_cpu_{study}"
+    config.data.seq_len = 128
+
+    # muP's rule for the matrices, and a batch that grows with D, so that every run takes hundreds
+    # of steps.
+    config.optimizer.learning_rate_rule = "width"
+    config.optimizer.learning_rate = 0.016
+    config.optimizer.base_width = 32
+    config.optimizer.warmup_rule = "params"
+    config.optimizer.warmup = 1.0
+    config.train.batch_rule = "step_law"
+    config.train.batch_tokens = 1.0
+    config.train.log_every = 20
+    config.train.checkpoint_every = -1
+    config.train.tensorboard = False
+
+    # One depth and one head width, so that nothing but the width differs between sizes: a step in
+    # depth or heads shows in the losses and moves the minima.
+    config.sweep.widths = (*range(8, 81, 8), 96, 112, 128, 144, 160, 192, 224, 256)
+    config.sweep.head_width = 8
+    config.sweep.aspect = 1e6
+    config.sweep.min_layers = 2
+    config.sweep.ff_multiple = 4
+    for name, value in STUDIES[study].items():
+        config.sweep[name] = value
+    if study == "smoke":
+        config.data.validation_tokens = 65_536
+    return config

@@ -1,0 +1,99 @@
+r"""Trains all runs of a study: budgets x sizes. The same command again trains only what is missing.
+
+    python -m lm.sweep --config=configs/isoflop_cpu.py:quick --workdir=runs/isoflop_cpu \
+        --backend=processes
+    python -m lm.sweep --workdir=runs/isoflop_cpu --status
+
+Writes runs.csv and curves.csv into the workdir, for ``python -m lm.fit --runs=WORKDIR``.
+"""
+
+import signal
+import sys
+import time
+
+from absl import flags
+from rich.console import Console
+
+from lm import command
+from lm.command import DONE, FAILED, PREEMPTED, BadInput
+from lm.config import config_from_flags, define_config_flag
+from lm.sweep import grid
+from lm.sweep.backends import Inline, Processes, available_cores
+from lm.sweep.display import Display, accounting_line, budgets_table, summary
+from lm.sweep.launch import Study, account, cannot_start, launch, refuse_more_workers
+from lm.sweep.store import Store
+
+FLAGS = flags.FlagValues()
+define_config_flag(FLAGS)
+flags.DEFINE_string("workdir", None, "The study's folder.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "backend",
+    "inline",
+    ["inline", "processes"],
+    "inline: one run at a time on all devices; processes: workers, each with a share of the cores.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("workers", 0, "Of --backend=processes (0: one a core).", flag_values=FLAGS)
+flags.DEFINE_bool("status", False, "Show how the study stands, and end.", flag_values=FLAGS)
+
+
+def main() -> int | None:
+    started = time.monotonic()
+    if FLAGS.workdir is None:
+        raise BadInput("--workdir is missing; as --workdir=runs/isoflop_cpu")
+    store = Store(FLAGS.workdir)
+    console = Console(highlight=False, soft_wrap=True)
+    if FLAGS.status:
+        return _show_status(Study(store.config(), store), console)
+    config = config_from_flags(FLAGS)
+    grid.plan(config, {})
+    workers = refuse_more_workers(FLAGS.workers, available_cores())
+
+    # Once, before workers race for it; and what is wrong with the data is said before a run starts.
+    from lm.data import open_dataset
+
+    open_dataset(config.data)
+    store.claim(config)
+    backend = Inline()
+    if FLAGS.backend == "processes":
+        backend = Processes(workers, store.workdir / "workers.log")
+    return run(Study(config, store, started=started), backend, console)
+
+
+def run(study: Study, backend, console: Console) -> int:
+    """Launches the study, prints how it went, returns the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with Display(console) as display:
+            launch(study, backend, display)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {summary(study)}; the same command goes on", markup=False)
+        return PREEMPTED
+    wall_seconds = time.monotonic() - study.started
+    console.print(budgets_table(study))
+    console.print(accounting_line(account(study, backend.workers, wall_seconds)), markup=False)
+    console.print(f"{summary(study)}; {study.store.workdir / 'runs.csv'}", markup=False)
+    for run_id, reason in sorted(study.failed.items()):
+        console.print(
+            f"failed: {run_id}: {reason} ({study.store.folder(run_id) / 'log.txt'})", markup=False
+        )
+    if study.failed and (waiting := cannot_start(study)):
+        told = ", ".join(f"{flops:.3g}" for flops in waiting)
+        console.print(f"runs at {told} FLOPs wait for these; the same command tries again")
+    return FAILED if study.failed else DONE
+
+
+def _show_status(study: Study, console: Console) -> int:
+    study.refresh()
+    study.failed = study.store.failures()
+    study.running = {run_id: {} for run_id in study.store.begun() - set(study.failed)}
+    console.print(budgets_table(study))
+    total, done = study.total_flops(), study.done_flops()
+    console.print(f"{100 * done / total:.0f} % of {total:.3g} FLOPs done", markup=False)
+    for run_id, reason in study.failed.items():
+        console.print(f"failed: {run_id}: {reason}", markup=False)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, FLAGS, __doc__))

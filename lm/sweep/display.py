@@ -1,0 +1,128 @@
+"""What a study shows while it runs: a live table on a terminal, a line a finished run elsewhere."""
+
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lm.sweep.launch import Study
+
+
+class Display:
+    """A context; call it with the study and a line to print above (or "")."""
+
+    def __init__(self, console: Console | None = None):
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._live = None
+        self._drawn = 0.0
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, study: Study, line: str) -> None:
+        if not self._live:
+            if line:
+                self._console.print(f"{line}  [{summary(study)}]", markup=False)
+            return
+        if line:
+            self._console.print(line, markup=False)
+        if line or time.monotonic() - self._drawn > 0.5:  # the cores are for training
+            self._drawn = time.monotonic()
+            self._live.update(picture(study), refresh=True)
+
+
+def summary(study: Study) -> str:
+    """As "12/35 runs, 34 % of 3.1e+13 FLOPs, 0:04:10, 0:05:20 left"."""
+    total, done = study.total_flops(), study.done_flops()
+    n_done = sum(run_id in study.store.losses() for run_id in study.runs)
+    parts = [
+        f"{n_done}/{_n_runs(study)} runs",
+        f"{100 * done / total:.0f} % of {total:.2e} FLOPs",
+        _clock(time.monotonic() - study.started),
+    ]
+    left = study.seconds_left()
+    if left is not None and done < total:
+        parts.append(f"{_clock(left)} left")
+    return ", ".join(parts)
+
+
+def picture(study: Study) -> Group:
+    """The bar, the budgets and the runs under way."""
+    bar = Table.grid(padding=(0, 1))
+    share = study.done_flops() / study.total_flops()
+    bar.add_row(ProgressBar(total=1.0, completed=share, width=30), summary(study))
+    under_way = [
+        Text(
+            f"  {run_id}"
+            + (f"  step {at['step']}/{at['n_steps']}  loss {at['loss']:.3f}" if at else "")
+        )
+        for run_id, at in sorted(study.running.items())
+    ]
+    return Group(budgets_table(study), *under_way, bar)
+
+
+def budgets_table(study: Study) -> Table:
+    """A row a budget: how many of its runs are done, and where its minimum lies."""
+    table = Table()
+    for column in (
+        "budget, FLOPs",
+        "done",
+        "under way",
+        "failed",
+        "N expected",
+        "N at minimum",
+        "loss",
+    ):
+        table.add_column(column, justify="right")
+    losses = study.store.losses()
+    for budget, found in zip(study.budgets, study.minima(), strict=True):
+        ids = [run.run_id for run in budget.runs]
+        table.add_row(
+            f"{budget.flops:.3g}",
+            f"{sum(i in losses for i in ids)}/{len(ids)}",
+            str(sum(i in study.running for i in ids)),
+            str(sum(i in study.failed for i in ids)),
+            f"{budget.expected:,.0f}",
+            f"{found.params:,.0f}{'' if found.interior else ' (edge)'}" if found else "",
+            f"{found.loss:.4f}" if found else "",
+        )
+    for flops in study.config.sweep.budgets[len(study.budgets) :]:
+        table.add_row(f"{flops:.3g}", f"0/{study.config.sweep.sizes}", "", "", "", "", "")
+    return table
+
+
+def accounting_line(account: dict) -> str:
+    """As "2 workers x 612.0 s / 1080.2 s of steps = 1.13 (compile 6.1 %, ...)"."""
+    if account["overhead"] is None:
+        return "nothing was trained"
+    total = account["workers"] * account["wall_seconds"]
+    shares = ", ".join(
+        f"{name} {100 * seconds / total:.1f} %"
+        for name, seconds in account["seconds"].items()
+        if name != "step"
+    )
+    return (
+        f"{account['workers']} workers x {account['wall_seconds']:.1f} s /"
+        f" {account['seconds']['step']:.1f} s of steps = {account['overhead']:.3f} ({shares})"
+    )
+
+
+def _n_runs(study: Study) -> int:
+    unplanned = len(study.config.sweep.budgets) - len(study.budgets)
+    return len(study.runs) + unplanned * study.config.sweep.sizes
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

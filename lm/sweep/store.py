@@ -1,0 +1,158 @@
+"""The folder of a study: ``study.json``, ``runs/<run_id>/``, and the tables made from them.
+
+A run is done when its ``result.json`` is there. ``runs.csv`` and ``curves.csv`` are made anew from
+those files, so they hold no state of their own.
+"""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.command import BadInput, write_atomically
+from lm.config import Config, differences, from_config_dict, to_dict
+from lm.train.metrics import read_metrics
+
+SCHEMA = 1
+COLUMNS = (
+    "run_id params non_embedding_params active_params tokens flops flops_convention loss"
+    " bits_per_byte budget d_model n_layers n_heads n_kv_heads n_experts vocab_size tied seq_len"
+    " batch_tokens learning_rate schedule seed corpus tokenizer epochs wall_seconds device status"
+    " head_width d_ff n_steps warmup_tokens step_seconds compile_seconds evaluate_seconds data"
+).split()
+CURVE_COLUMNS = ("run_id", "tokens", "flops", "train_loss", "validation_loss")
+POINTS_A_DECADE = 40  # of tokens, in curves.csv
+
+
+class Store:
+    """Reads and writes the folder ``workdir`` of a study."""
+
+    def __init__(self, workdir: str | Path):
+        self.workdir = Path(workdir)
+        self._rows: dict[str, dict] = {}
+        self._curves: dict[str, list[tuple]] = {}
+
+    def folder(self, run_id: str) -> Path:
+        """The folder of one run."""
+        return self.workdir / "runs" / run_id
+
+    def claim(self, config: Config) -> None:
+        """Makes the folder this study's own. Budgets may be added above the old ones.
+
+        Raises ``BadInput`` where it holds another study, naming the keys that differ.
+        """
+        path = self.workdir / "study.json"
+        if path.exists():
+            old = self.config()
+            top, grown = len(old.sweep.budgets), config.sweep.budgets
+            found, wanted = to_dict(old), to_dict(config)
+            if grown[:top] == old.sweep.budgets:
+                found["sweep"]["budgets"] = wanted["sweep"]["budgets"]
+            if changed := list(differences(found, wanted)):
+                raise BadInput(
+                    f"{self.workdir} holds another study ({'; '.join(changed)}):"
+                    " use another --workdir"
+                )
+        write_atomically(path, json.dumps({"schema": SCHEMA, "config": to_dict(config)}, indent=1))
+
+    def config(self) -> Config:
+        """The study's config. Raises ``BadInput`` where there is no study."""
+        path = self.workdir / "study.json"
+        if not path.exists():
+            raise BadInput(f"--workdir={self.workdir}: no study here (study.json is missing)")
+        return from_config_dict(json.loads(path.read_text())["config"])
+
+    def scan(self) -> None:
+        """Reads the results that have come since the last look."""
+        for path in (self.workdir / "runs").glob("*/result.json"):
+            if path.parent.name not in self._rows:
+                self._rows[path.parent.name] = _row(path.parent)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict of ``COLUMNS`` a finished run, sorted by run_id; as of the last ``scan``."""
+        return [self._rows[run_id] for run_id in sorted(self._rows)]
+
+    def losses(self) -> dict[str, float]:
+        """Loss of every finished run, nan where it diverged."""
+        return {
+            row["run_id"]: row["loss"] if row["status"] == "done" else math.nan
+            for row in self.rows()
+        }
+
+    def failures(self) -> dict[str, str]:
+        """Reasons of the runs whose last attempt failed."""
+        paths = (self.workdir / "runs").glob("*/failure.json")
+        return {p.parent.name: json.loads(p.read_text())["reason"] for p in sorted(paths)}
+
+    def set_failure(self, run_id: str, reason: str | None) -> None:
+        """Notes why a run failed, or forgets it (None)."""
+        path = self.folder(run_id) / "failure.json"
+        if reason is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_atomically(path, json.dumps({"schema": SCHEMA, "reason": reason}, indent=1))
+
+    def begun(self) -> set[str]:
+        """Runs that have a folder and no result: running, interrupted or failed."""
+        return {p.name for p in (self.workdir / "runs").glob("*") if p.is_dir()} - set(self._rows)
+
+    def write_tables(self) -> None:
+        """Writes ``runs.csv`` and ``curves.csv``."""
+        rows = self.rows()
+        for row in rows:
+            if row["run_id"] not in self._curves:
+                self._curves[row["run_id"]] = _curve(self.folder(row["run_id"]))
+        write_atomically(
+            self.workdir / "runs.csv", _csv(COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
+        )
+        points = ((row["run_id"], *point) for row in rows for point in self._curves[row["run_id"]])
+        write_atomically(self.workdir / "curves.csv", _csv(CURVE_COLUMNS, points))
+
+
+def _csv(header, rows) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    """The row of a finished run: what its config asked for and what its result says."""
+    config = json.loads((folder / "config.json").read_text())["config"]
+    result = json.loads((folder / "result.json").read_text())
+    known = {
+        **config["model"],
+        **{name: config["data"][name] for name in ("seq_len", "corpus", "tokenizer")},
+        "schedule": config["optimizer"]["schedule"],
+        "seed": config["train"]["seed"],
+        "budget": config["train"]["flops"],
+        "n_experts": config["model"].get("n_experts", 0),
+        **result,
+        "run_id": folder.name,
+    }
+    if isinstance(known.get("epochs"), dict):  # by corpus: the one that is repeated most
+        known["epochs"] = max(known["epochs"].values())
+    return {name: known.get(name) for name in COLUMNS}
+
+
+def _curve(folder: Path) -> list[tuple]:
+    """(tokens, flops, train_loss, validation_loss) of a run, means over bins even in log tokens."""
+    lines = [line for line in read_metrics(folder) if line.get("train_loss") is not None]
+    bins: dict[tuple, list[dict]] = {}
+    for line in lines:
+        place = math.floor(POINTS_A_DECADE * math.log10(line["tokens"]))
+        # A line that was validated stays as it is, so that its loss belongs to its tokens.
+        bins.setdefault((place, line.get("validation_loss") and line["tokens"]), []).append(line)
+    points = [
+        (
+            *(float(np.mean([line[name] for line in lines])) for name in CURVE_COLUMNS[1:4]),
+            lines[-1].get("validation_loss"),
+        )
+        for lines in bins.values()
+    ]
+    return sorted(points, key=lambda point: point[0])
