@@ -191,7 +191,7 @@ class TrainConfig:
     evaluate_every: int = 0  # optimizer steps between evaluations (0: at the end only)
     log_every: int = 100  # optimizer steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # optimizer steps between checkpoints (0: at the end only, -1: none)
-    checkpoint_at: tuple[int, ...] = ()  # optimizer steps whose checkpoints are kept for ever
+    tensorboard: bool = True  # event files beside metrics.jsonl
     seed: int = 0
 
     def __post_init__(self):
@@ -235,9 +235,10 @@ class SweepConfig:
     sizes: int = 7  # runs a budget, log-spaced around the expected optimum
     spread: float = 6.0  # the smallest and largest size over the expected optimum
     first_optimum: float = 14_000.0  # expected N_opt of the lowest budget, parameters
-    prior_exponent: float = 0.5  # N_opt ~ C^this until two budgets below have told
+    prior_exponent: float = 0.5  # N_opt ~ C^this until the budgets below have told
     widths: tuple[int, ...] = ()  # the ladder's d_model, ascending
     aspect: float = 16.0  # d_model / n_layers
+    min_layers: int = 1  # and no fewer layers than these; with a large aspect, the depth of all
     head_width: int = 8
     query_group: int = 1  # query heads a KV head
     ff_ratio: float = 8 / 3  # d_ff / d_model
@@ -262,6 +263,7 @@ class SweepConfig:
             "sizes",
             "first_optimum",
             "aspect",
+            "min_layers",
             "head_width",
             "query_group",
             "ff_ratio",
@@ -369,6 +371,15 @@ def to_dict(config: Any) -> dict:
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return [to_dict(v) for v in config] if isinstance(config, (tuple, list)) else config
+
+
+def differences(old: Any, new: Any, path: str = "config"):
+    """Yields ``"config.a.b: old -> new"`` for each leaf that differs between two JSON trees."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys((*old, *new)):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif old != new:
+        yield f"{path}: {old!r} -> {new!r}"
 
 
 def replace(config: Config, **sections: Any) -> Config:
