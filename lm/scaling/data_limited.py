@@ -68,10 +68,10 @@ class DataLimitedLaw:
         tokens = flops / (6 * params)
         return Optimum(flops, params, tokens, self.loss(params, tokens, unique))
 
-    def objective(self, params, tokens, unique_tokens, loss, delta: float = 1e-3) -> float:
-        """Sum over runs of Huber_delta(log L_law - log L), the paper's objective."""
+    def objective(self, params, tokens, unique_tokens, loss, delta: float = 1e-3):
+        """Sum over runs (last axis) of Huber_delta(log L_law - log L), the paper's objective."""
         size = np.abs(np.log(self.loss(params, tokens, unique_tokens)) - np.log(loss))
-        return float(np.sum(np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))))
+        return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2)).sum(axis=-1)
 
     def fit(
         self,
@@ -81,39 +81,38 @@ class DataLimitedLaw:
         loss,
         delta: float = 1e-3,
         bounds: tuple[float, float] = (0.1, 1e4),
-        points: int = 48,
+        points: int = 64,
     ) -> RepetitionFit:
-        """Fits R_D* and R_N* with the base law held, from every cell of a log grid over `bounds`.
+        """Fits R_D* and R_N* within `bounds`, the base law held: a log grid, then its best cells.
 
-        The surface is flat along R_D*, with several local minima: look at the profile before
-        believing the point. Raises ValueError for fewer than 3 runs with more than one epoch.
+        The grid has `points` values of R_D* by four times as many of R_N*. The surface is flat
+        along R_D*, with several local minima: look at the profile before believing the point.
+        Raises ValueError for fewer than 3 runs with more than one epoch.
         """
         columns = [np.asarray(c, float) for c in (params, tokens, unique_tokens, loss)]
         repeated = int(np.sum(columns[1] > 1.01 * columns[2]))
         if repeated < 3:
             raise ValueError(f"{repeated} runs repeat data; the two decay constants need 3 or more")
 
-        def at(log_r) -> float:
+        def law_at(log_r) -> DataLimitedLaw:
             r_tokens, r_params = np.exp(np.clip(log_r, *np.log(bounds)))
-            return replace(self, r_tokens=r_tokens, r_params=r_params).objective(*columns, delta)
+            return replace(self, r_tokens=float(r_tokens), r_params=float(r_params))
 
-        grid = np.linspace(*np.log(bounds), points)
-        surface = np.array([[at((d, n)) for n in grid] for d in grid])
+        r_tokens, r_params = (np.geomspace(*bounds, n) for n in (points, 4 * points))
+        every = replace(self, r_tokens=r_tokens[:, None, None], r_params=r_params[:, None])
+        surface = every.objective(*columns, delta)
         best = None
         for row in np.argsort(surface.min(axis=1))[:6]:
-            start = (grid[row], grid[np.argmin(surface[row])])
+            start = np.log((r_tokens[row], r_params[np.argmin(surface[row])]))
             found = minimize(
-                at, start, method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-14}
+                lambda log_r: law_at(log_r).objective(*columns, delta),
+                start,
+                method="Nelder-Mead",
+                options={"xatol": 1e-7, "fatol": 1e-14},
             )
             best = found if best is None or found.fun < best.fun else best
-        r_tokens, r_params = np.exp(np.clip(best.x, *np.log(bounds)))
-        law = replace(
-            self,
-            r_tokens=float(r_tokens),
-            r_params=float(r_params),
-            source=f"fitted to {len(columns[0])} runs, Huber delta {delta:g}",
-        )
-        return RepetitionFit(law, float(best.fun), np.exp(grid), surface.min(axis=1))
+        law = replace(law_at(best.x), source=f"fitted to {len(columns[0])} runs, Huber {delta:g}")
+        return RepetitionFit(law, float(best.fun), r_tokens, surface.min(axis=1))
 
 
 def _saturate(total, unique, r_star):
