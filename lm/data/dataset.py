@@ -98,7 +98,7 @@ class Dataset:
         steps_N1 = np.arange(first_step, first_step + n_steps, dtype=np.int64)[:, None]
         rows_NB = steps_N1 * batch_size + np.arange(batch_size, dtype=np.int64)[rows]
         tokens = self._train_windows(rows_NB.ravel(), seed)
-        return self._batch(tokens.reshape(*rows_NB.shape, -1))
+        return self._batch(tokens.reshape(*rows_NB.shape, self.config.seq_len + 1))
 
     def _train_windows(self, rows: np.ndarray, seed: int) -> np.ndarray:
         """int32 (rows, T + 1)"""
@@ -246,12 +246,14 @@ def _windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
 
 def _check(config: DataConfig, sources: list[Source]) -> None:
     for source in sources:
-        tokens, windows = len(source.store.tokens["train"]), source.windows
-        if not len(windows["train"]):
-            raise BadInput(
-                f"data.seq_len = {config.seq_len}: must be at most {tokens - 1}, since corpus"
-                f" {source.name} has {tokens} training tokens"
-            )
+        windows = source.windows
+        for split in ("train", "validation"):
+            if not len(windows[split]):
+                tokens = min(len(source.store.tokens[s]) for s in ("train", "validation"))
+                raise BadInput(
+                    f"data.seq_len = {config.seq_len}: must be at most {tokens - 1}, since corpus"
+                    f" {source.name} has {tokens} tokens in its smaller of train and validation"
+                )
         # The largest setting that every source can serve at its weight.
         most = int(len(windows["validation"]) / source.weight) * config.seq_len
         if config.validation_tokens // config.seq_len * source.weight > len(windows["validation"]):
