@@ -1,5 +1,6 @@
 """The edge of every command: exit codes, single lines, atomic files."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -79,6 +80,15 @@ def test_a_failure_is_no_bad_input(call):
         call(lambda flags: 1 / 0)
 
 
+def test_a_full_disk_is_1_and_one_line(call):
+    def main(flags):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/law.json")
+
+    assert call(main) == (1, "", "error: No space left on device: runs/law.json\n")
+    with pytest.raises(OSError, match="Connection refused"):
+        call(lambda flags: (_ for _ in ()).throw(OSError(errno.ECONNREFUSED, "Connection refused")))
+
+
 def test_flags_of_an_earlier_call_are_forgotten(call, monkeypatch):
     show = lambda flags: print(flags.size, config_from_flags(flags).model.d_model)  # noqa: E731
     monkeypatch.chdir(ROOT)
@@ -150,7 +160,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="law.json"):
         patched.setattr(os, "fsync", full_disk)
         command.write_atomically(path, "new")
     assert path.read_text() == "old"

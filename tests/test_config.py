@@ -16,6 +16,7 @@ from lm.config import (
     OptimizerConfig,
     SweepConfig,
     TrainConfig,
+    differences,
     from_config_dict,
     load,
     replace,
@@ -212,6 +213,18 @@ def test_replace_changes_what_it_is_told_and_what_follows(config, d_model, seed)
     assert changed.model == expected and changed.name == "other"
     assert changed.train == dataclasses.replace(config.train, seed=seed)
     assert (changed.data, changed.sweep) == (config.data, config.sweep)
+
+
+def test_differences_name_each_changed_setting():
+    old, new = Config(), replace(Config(), model={"d_model": 32, "n_kv_heads": 2}, name="other")
+    assert list(differences(to_dict(old), to_dict(new))) == [
+        "config.name: 'base' -> 'other'",
+        "config.model.d_model: 64 -> 32",
+        "config.model.n_kv_heads: 4 -> 2",
+        "config.model.head_width: 16 -> 8",
+    ]
+    assert not list(differences(to_dict(old), to_dict(Config())))
+    assert list(differences({"a": 1}, {"b": 2})) == ["config.a: 1 -> None", "config.b: None -> 2"]
 
 
 def test_replace_refuses_unknown_settings():
