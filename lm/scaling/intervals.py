@@ -13,15 +13,26 @@ def percentile_interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, 
     return float(low), float(high)
 
 
-def corrected_residuals(residuals: np.ndarray, jacobian: np.ndarray) -> np.ndarray:
-    """Residuals (n,) as they would be had the fit not followed them: r / sqrt(1 - leverage), centred.
+def corrected_residuals(
+    residuals: np.ndarray, jacobian: np.ndarray, delta: float = np.inf
+) -> np.ndarray:
+    """Residuals (n,) as they would be had the fit not followed them: r / sqrt(1 - influence), centred.
 
-    jacobian: (n, p), d fitted / d parameters. A fit of p parameters shrinks its residuals by about
-    sqrt(1 - p / n), and with them the intervals (Davison & Hinkley 1997, section 6.2.3).
+    jacobian: (n, p), d fitted / d parameters. A least-squares fit shrinks its residuals by
+    sqrt(1 - leverage), about sqrt(1 - p / n), and with them the intervals (Davison & Hinkley 1997,
+    section 6.2.3). A Huber fit follows run i with influence leverage * psi(r) / r / mean psi': large
+    for the p runs that a small delta makes it pass through, whose residuals of about zero would
+    otherwise make the intervals too narrow, small for those beyond delta.
     """
+    n, p = jacobian.shape
     basis, _ = np.linalg.qr(jacobian)
-    leverage = np.minimum((basis**2).sum(1), 1 - 1e-3)
-    corrected = residuals / np.sqrt(1 - leverage)
+    leverage = (basis**2).sum(1)
+    inside = np.mean(np.abs(residuals) <= delta)
+    # Among those inside, p are there because the fit goes through them, not by their noise.
+    inside = max(inside - p / n * (1 - inside), 0.05)
+    weight = np.minimum(1, delta / np.maximum(np.abs(residuals), 1e-300))
+    influence = np.minimum(leverage * weight / inside, 0.9)
+    corrected = residuals / np.sqrt(1 - influence)
     return corrected - corrected.mean()
 
 

@@ -427,7 +427,8 @@ def _bootstrap(problem, theta, n_draws, interval, seed):
     start = np.tile(theta, (n_draws, 1))
     if isinstance(interval, str) and interval == "residual":
         fitted = np.log(problem.law(theta).loss(*np.exp(problem.log_points())))
-        errors = corrected_residuals(problem.log_loss - fitted, problem.jacobian(theta))
+        delta = problem.delta if problem.method == "lbfgs" else np.inf
+        errors = corrected_residuals(problem.log_loss - fitted, problem.jacobian(theta), delta)
         ends = problem.minimise(start, log_loss=fitted + rng.choice(errors, (n_draws, n)))
     else:
         ends = problem.minimise(start, weights=weights)
