@@ -98,10 +98,10 @@ def get_config(size="70b"):
     config.optimizer.weight_decay = 0.1
     config.optimizer.beta2 = 0.95
     config.optimizer.warmup_rule = "fixed"
-    config.optimizer.warmup = 1_500 * 2.0**19  # Gopher's 1,500 steps
 
     config.train.tokens = 20 * params
     config.train.batch_tokens = 3.0 * 2**20 if size == "70b" else 2.0**19
+    config.optimizer.warmup = 1_500 * config.train.batch_tokens  # Gopher's 1,500 steps
     config.train.steps_per_dispatch = 1
     config.train.evaluate_every = 1_000
     config.train.checkpoint_every = 1_000

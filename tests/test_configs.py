@@ -10,6 +10,8 @@ import pytest
 from lm import arithmetic
 from lm.command import BadInput
 from lm.config import load
+from lm.sweep import grid
+from lm.train.recipe import resolve
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(os.environ.get("LM_PUBLISHED_RUNS", ROOT.parent / "shared" / "data"))
@@ -47,6 +49,20 @@ def test_loads_and_is_documented(spec):
     if path != "configs/base.py":
         command = f"--config={path}" + (f":{argument}" if argument == "quick" else "")
         assert command in Path(path).read_text()
+
+
+@pytest.mark.parametrize("spec", SHIPPED)
+def test_describes_runs_that_can_be_run(spec):
+    config = load(spec)
+    if config.sweep.budgets:
+        grid.check(config)
+        runs = [run for budget in grid.plan(config, {}) for run in budget.runs]
+    else:
+        runs = [config]
+    for run in runs:
+        recipe = resolve(getattr(run, "config", run))
+        assert recipe.n_steps > 20 and 1e-5 < recipe.learning_rate < 0.1
+        assert recipe.warmup_tokens <= 0.1 * recipe.tokens * 1.001
 
 
 @pytest.mark.parametrize("path", sorted({spec.partition(":")[0] for spec in SHIPPED}))
