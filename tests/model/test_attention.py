@@ -57,7 +57,7 @@ def test_what_a_query_may_see():
     causal = np.tril(np.ones((5, 5), bool))
     np.testing.assert_array_equal(allowed(5)[0], causal)
     np.testing.assert_array_equal(allowed(5, 2)[0], causal & ~np.tril(causal, -2))
-    segments = jnp.array([[3, 3, 1, 1, 1], [2, 2, 2, 2, 0]])
+    segments = jnp.array([[1, 1, 3, 3, 0], [2, 2, 2, 2, 0]])
     mask = allowed(5, 0, segments)
     for b in range(2):
         same = segments[b][:, None] == segments[b][None]
