@@ -1,6 +1,8 @@
 """Corpora by name. A corpus is a key (what it holds) and a way to read its documents."""
 
+import contextlib
 import hashlib
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +60,7 @@ def _read_pd_english(data_dir: Path) -> Iterator[Document]:
 def _read_tfds(name: str, data_dir: Path) -> Iterator[Document]:
     """Documents of a TFDS data set with a text feature, by name or prepared folder."""
     import tensorflow_datasets as tfds
+    import tensorflow_datasets.text  # registers what tfds itself imports too late: c4, wiki40b, ...
 
     tfds.disable_progress_bar()
     folder = data_dir / "tfds"
@@ -68,7 +71,8 @@ def _read_tfds(name: str, data_dir: Path) -> Iterator[Document]:
             builder = tfds.builder(
                 name, data_dir=folder, file_format=tfds.core.FileFormat.ARRAY_RECORD
             )
-            builder.download_and_prepare()
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports its folders at length
+                builder.download_and_prepare()
         features = builder.info.features
         feature = _text_feature(name, features)
         sources = {split: builder.as_data_source(split=split) for split in builder.info.splits}

@@ -53,8 +53,12 @@ class Dataset:
         self.sources = sources
         self.vocab_size: int = tokenizer.vocab_size
         self.token_bytes: np.ndarray = tokenizer.token_bytes  # int32[vocab_size]
-        keys = "+".join(s.store.header["corpus_key"][:8] for s in sources)
-        self.fingerprint = f"{config.corpus}:{keys}/{config.tokenizer}:{tokenizer.fingerprint}"
+        keys = [s.store.header["corpus_key"][:8] for s in sources]
+        if len(sources) > 1:
+            keys = [f"{key}*{s.weight:.6g}" for key, s in zip(keys, sources, strict=True)]
+        self.fingerprint = (
+            f"{config.corpus}:{'+'.join(keys)}/{config.tokenizer}:{tokenizer.fingerprint}"
+        )
         self._weights = [s.weight for s in sources]
 
     @property

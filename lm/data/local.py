@@ -130,6 +130,10 @@ def _field(line: str, path: str, number: int) -> str:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise BadInput(f"{path}, line {number}: needs a string field 'text', has {has}")
+    try:
+        record["text"].encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
     return record["text"]
 
 

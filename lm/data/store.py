@@ -16,12 +16,15 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from lm.command import BadInput
 from lm.data.corpora import SPLITS, Corpus, Document
@@ -106,8 +109,8 @@ def path_of(corpus: Corpus, tokenizer: Tokenizer, data_dir: Path) -> Path:
     """The store's folder for this corpus and tokenizer."""
     identity = f"{SCHEMA} {corpus.key} {tokenizer.fingerprint}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    names = (Path(n).stem if "/" in n else n for n in (corpus.name, tokenizer.name))
-    slug = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", n).strip("_")[:40] for n in names)
+    names = (re.sub(r"[^A-Za-z0-9]+", "_", n) for n in (corpus.name, tokenizer.name))
+    slug = "-".join(n[-40:].strip("_") for n in names)
     return data_dir / "stores" / f"{slug}-{key}"
 
 
@@ -177,7 +180,14 @@ def _write_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, found: Surv
     statistics = json.loads(json.dumps(found.sources))
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
-        for batch in _batches(corpus, found):
+        for batch in track(
+            _batches(corpus, found),
+            f"tokenising {corpus.name}",
+            total=-(-sum(map(bool, found.splits)) // ENCODE_BATCH),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        ):
             encoded = tokenizer.encode_batch([document.text for document, _ in batch])
             for (document, split), ids in zip(batch, encoded, strict=True):
                 ids = np.append(ids, tokenizer.end_of_text).astype(dtype)

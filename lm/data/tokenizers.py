@@ -8,6 +8,7 @@ none.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, smallest_count: int = 2) ->
         min_frequency=smallest_count,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     reached = tokenizer.get_vocab_size()

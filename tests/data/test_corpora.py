@@ -1,3 +1,4 @@
+import importlib.util
 import sys
 
 import pytest
@@ -80,6 +81,13 @@ def test_dataset_of_a_tfds_name(tmp_path):
     ("name", "message"),
     [
         ("no_such_corpus_at_all", "not pd_english, text or mixture, and TFDS cannot prepare it"),
+        pytest.param(
+            "c4/en",
+            "No module named 'apache_beam'",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("apache_beam") is not None, reason="apache_beam is there"
+            ),
+        ),
         ("no_text", "exactly one text feature, has body, title"),
         ("broken", r"TFDS cannot prepare it \(the host is away\)"),
     ],
