@@ -130,8 +130,13 @@ def test_documents_are_respected(dataset, config):
         np.testing.assert_array_equal(batch.weights_BT[index], weights)
     for field in (batch.segments_BT, batch.positions_BT):
         assert field.dtype == np.int32
-    last = list(apart.validation(7))[-1]
-    assert np.all(last.weights_BT[3:] == 0) and last.weights_BT[:3].sum() > 0
+    first, last = apart.validation(7)
+    assert np.all(last.weights_BT[3:] == 0)
+    for held_out, rows in ((first, 7), (last, 3)):
+        for row in range(rows):
+            weights = by_hand(held_out.inputs_BT[row], 256)[2]
+            np.testing.assert_array_equal(held_out.weights_BT[row], weights)
+    assert first.weights_BT.min() == 0
 
 
 def test_bpe(config):
