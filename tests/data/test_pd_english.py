@@ -2,15 +2,18 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import stat
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lm.command import BadInput
-from lm.data import pd_english, store
+from lm.config import DataConfig
+from lm.data import open_dataset, pd_english, store
 from lm.data.corpora import SPLITS, find
 
 SPEECHES = {
@@ -108,6 +111,17 @@ def test_built_by_tfds_without_tensorflow(archives):
     assert list((archives.parent / "tfds").glob("pd_english/1.0.0/*.array_record*"))
     again = list(find("pd_english", "", archives.parent).read())
     assert again == documents and "tensorflow" not in sys.modules
+
+
+def test_prepared_it_needs_neither_archives_nor_pip(archives, monkeypatch):
+    config = DataConfig(seq_len=4, validation_tokens=8, data_dir=str(archives.parent))
+    first = open_dataset(config)
+    shutil.rmtree(archives)
+    shutil.rmtree(archives.parent / "tfds")
+    monkeypatch.setenv("PATH", "")
+    again = open_dataset(config)
+    assert again.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(again.batch(0, 9, 3).inputs_BT, first.batch(0, 9, 3).inputs_BT)
 
 
 def test_truncated_archive_is_named(archives, monkeypatch):
