@@ -1,20 +1,107 @@
-"""The same runs under another count of parameters and FLOPs: the exponent is a convention, too."""
+"""The same runs under another count of parameters and FLOPs: the exponent is a convention, too.
 
+What the conventions count is defined in lm.arithmetic.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lm import arithmetic
+from lm.command import BadInput, one_of
+from lm.scaling.allocation import AllocationFit, CannotFit
 from lm.scaling.table import RunTable
 
 PARAMS_CONVENTIONS = ("total", "non_embedding", "blocks_and_head", "effective")
 FLOPS_CONVENTIONS = ("6nd", "exact", "kaplan", "chinchilla")
+CONVENTIONS = (
+    ("total", "6nd"),
+    ("non_embedding", "kaplan"),
+    ("blocks_and_head", "6nd"),
+    ("effective", "6nd"),
+    ("blocks_and_head", "exact"),
+    ("total", "chinchilla"),
+)
+
+_NEEDED = ("d_model", "n_layers", "n_heads", "vocab_size", "seq_len")
+_OPTIONAL = (
+    "n_kv_heads", "head_width", "d_ff", "tied", "feed_forward", "position", "norm", "norm_position",
+    "qk_norm", "qkv_bias",
+)  # fmt: skip
 
 
-def recount(runs: RunTable, *, params: str = "blocks_and_head", flops: str = "6nd") -> RunTable:
-    """`runs` with params and FLOPs recounted under the named conventions, tokens and loss as they are.
+def recount(
+    runs: RunTable, *, params: str = "blocks_and_head", flops: str = "6nd"
+) -> RunTable:
+    """`runs` with params and FLOPs counted anew; tokens and losses stay as they are.
 
-    Needs the shape columns d_model, n_layers, n_heads, n_kv_heads, vocab_size, seq_len, tied (those that the
-    convention needs). "6nd" is 6 x the chosen params x tokens. Raises BadInput naming the missing columns.
+    params: `total`; `non_embedding` (Kaplan et al.'s); `blocks_and_head` (Porian et al.'s standard
+    count); `effective` (blocks and head, attention scores folded in: exact FLOPs a token over 6).
+    flops: `6nd` is 6 x those params x tokens; `exact`, `kaplan` (6 x non-embedding x tokens) and
+    `chinchilla` (Hoffmann et al., appendix F) are lm.arithmetic's.
+    Needs the columns d_model, n_layers, n_heads, vocab_size, seq_len, and takes n_kv_heads, d_ff,
+    tied, feed_forward, ... where they stand. Raises BadInput naming the missing ones.
     """
-    raise NotImplementedError
+    one_of("params", params, PARAMS_CONVENTIONS)
+    one_of("flops", flops, FLOPS_CONVENTIONS)
+    missing = [name for name in _NEEDED if name not in runs.columns]
+    if missing:
+        raise BadInput(
+            f"counting params as {params} and flops as {flops} needs the runs' shapes: "
+            f"no column {', '.join(missing)}"
+        )
+    model = arithmetic.model_columns(**_shapes(runs))
+    seq_len = runs.columns["seq_len"].astype(np.int64)
+    if params == "effective":
+        counted = arithmetic.effective_parameters(model, seq_len)
+    else:
+        counted = getattr(arithmetic.parameters(model, seq_len), params)
+    counted = np.asarray(counted, float)
+    if flops == "6nd":
+        cost = 6 * counted * runs.tokens
+    else:
+        cost = np.asarray(arithmetic.training_flops(model, seq_len, runs.tokens, flops), float)
+    return replace(runs, params=counted, flops=cost)
 
 
-def exponents_by_accounting(runs: RunTable, fit, conventions=None) -> list[dict]:
-    """One row a convention: params, flops, and `a` with its 80 % interval, by `fit(table) -> AllocationFit`."""
-    raise NotImplementedError
+def exponents_by_accounting(
+    runs: RunTable,
+    fit: Callable[[RunTable], AllocationFit],
+    conventions: Sequence[tuple[str, str]] = CONVENTIONS,
+) -> list[dict]:
+    """One row a convention: {"params", "flops", "a", "a_interval80", "reason"}.
+
+    fit: from a table to a fit, as `functools.partial(fit_parametric, bootstrap=1000)`. Where it
+    refuses a recounted table, `a` is None and `reason` says why. Raises BadInput as recount does.
+    """
+    rows = []
+    for params, flops in conventions:
+        row = {"params": params, "flops": flops, "a": None, "a_interval80": None, "reason": ""}
+        try:
+            fitted = fit(recount(runs, params=params, flops=flops))
+        except CannotFit as error:
+            row["reason"] = str(error)
+        else:
+            row |= {"a": fitted.a, "a_interval80": fitted.a_interval80}
+        rows.append(row)
+    return rows
+
+
+def _shapes(runs: RunTable) -> dict[str, object]:
+    """The model columns of the table. A text column must hold one value."""
+    shapes = {}
+    for name in (*_NEEDED[:-1], *(name for name in _OPTIONAL if name in runs.columns)):
+        values = runs.columns[name]
+        if values.dtype.kind == "f":
+            bad = ~np.isfinite(values)
+            if bad.any():
+                raise BadInput(f"column {name} is empty for run {runs.run_id[bad][0]}")
+            shapes[name] = values.astype(np.int64)
+            continue
+        kinds = sorted(set(map(str, values)))
+        if len(kinds) > 1:
+            raise BadInput(f"column {name} mixes {', '.join(kinds)}: one kind a table can be counted")
+        words = {"true": 1, "false": 0}
+        shapes[name] = np.full(len(runs), words.get(kinds[0].lower(), kinds[0]))
+    return shapes

@@ -5,7 +5,7 @@ that (tau). The line is weighted by both, and its intervals carry both.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
@@ -13,11 +13,13 @@ from scipy.interpolate import Akima1DInterpolator
 from lm.command import BadInput, one_of
 from lm.scaling.allocation import AllocationFit, CannotFit, Optimum
 from lm.scaling.intervals import corrected_residuals
+from lm.scaling.parametric import fit_parametric
 from lm.scaling.table import RunTable
 
 DEGREE = {"parabola": 2, "cubic": 3}
 FEWEST_RUNS = {"parabola": 4, "cubic": 5, "akima": 4}
 INTERVALS = ("residual", "pairs")
+UNEVEN = 1.1  # highest over lowest FLOPs of a budget above which its runs are brought to one value
 NEAREST_BUDGET = 10**0.12  # of budgets given as numbers, a run belongs to the nearest within this factor
 
 
@@ -90,6 +92,8 @@ def fit_isoflop(
     window: keeps runs within this factor of the lowest-loss run's params (6.0: N / 6 to 6 N).
     interval: "residual" resamples relative residuals, leverage-corrected and pooled over budgets,
     and adds the scatter between budgets; "pairs" resamples the runs of each budget.
+    Runs of one budget whose FLOPs differ by more than 10 % are first brought to its median FLOPs,
+    their losses along a parametric law of the table (flag `levelled_budgets`).
     A profile is left out, by name, if it has too few runs, is concave, or has its minimum outside
     the sampled sizes. Raises CannotFit (see there for the names) and BadInput for unknown settings.
     """
@@ -105,6 +109,7 @@ def fit_isoflop(
     groups = _group(runs, budgets)
     if len(groups) < 2:
         raise CannotFit("one_budget", f"{len(groups)} budget; an exponent needs two, better five")
+    runs, levelled = _level(runs, groups)
     fits = [_ProfileFit(runs.where(rows), estimator, window) for rows in groups]
     good = [fit for fit in fits if not fit.reason]
     if len(good) < 2:
@@ -149,7 +154,7 @@ def fit_isoflop(
             "tau": float(line.tau),
             "chi_squared_per_freedom": float(line.chi_squared / max(1, len(x) - 2)),
         },
-        flags=_flags(profiles, line, refused, bootstrap),
+        flags=levelled + _flags(profiles, line, refused, bootstrap),
         checklist={
             "law": "N_opt = k_N C^a, D_opt = k_D C^b",
             "objective": f"{estimator} of the loss in log N by budget; line weighted by noise and tau",
@@ -188,6 +193,26 @@ def _group(runs: RunTable, budgets) -> list[np.ndarray]:
     groups = [np.flatnonzero(label == k) for k in range(label.max() + 1)]
     groups = [rows for rows in groups if rows.size]
     return sorted(groups, key=lambda rows: np.median(log_flops[rows]))
+
+
+def _level(runs: RunTable, groups) -> tuple[RunTable, tuple[str, ...]]:
+    """Moves runs to their budget's own FLOPs where a budget's runs differ by more than UNEVEN.
+
+    So they do once runs are counted under another convention than the one they were planned under.
+    Tokens are scaled; the loss moves by what a parametric law of the table says of that step.
+    """
+    target = runs.flops.copy()
+    for rows in groups:
+        target[rows] = np.exp(np.median(np.log(runs.flops[rows])))
+    if max(np.ptp(np.log(runs.flops[rows])) for rows in groups) <= np.log(UNEVEN):
+        return runs, ()
+    try:
+        law = fit_parametric(runs, method="variable_projection", bootstrap=0).law
+    except CannotFit:
+        return runs, ("uneven_budgets",)
+    tokens = runs.tokens * target / runs.flops
+    step = law.loss(runs.params, tokens) - law.loss(runs.params, runs.tokens)
+    return replace(runs, tokens=tokens, flops=target, loss=runs.loss + step), ("levelled_budgets",)
 
 
 class _ProfileFit:

@@ -1,19 +1,27 @@
 """Approach 3 (Hoffmann et al. 2022, section 3.3): L(N, D) = E + A / N^alpha + B / D^beta."""
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from lm.command import one_of
 from lm.scaling.allocation import AllocationFit, CannotFit, Optimum
-from lm.scaling.intervals import corrected_residuals, multinomial_counts, percentile_interval
-from lm.scaling.minimise import minimise
+from lm.scaling.cost import Cost
+from lm.scaling.intervals import percentile_interval
+from lm.scaling.objective import (
+    GRADIENT_TOLERANCE,
+    HOFFMANN_STARTS,
+    OBJECTIVES,
+    Problem,
+    bootstrap_constants,
+    constants,
+    variable_projection,
+)
 from lm.scaling.table import RunTable
 
-METHODS = ("lbfgs", "variable_projection", "variable_projection_relative")
+CONSTANTS = ("E", "A", "B", "alpha", "beta")
+METHODS = tuple(OBJECTIVES)
 INTERVALS = ("residual", "pairs")
-GRADIENT_TOLERANCE = 1e-6
 FEWEST_RUNS = 8
 
 
@@ -81,21 +89,6 @@ BESIROGLU2024 = ParametricLaw(
     beta=0.36585412,
     source="Besiroglu et al. 2024",
 )
-
-# Hoffmann et al., appendix D.2: 5 alphas x 5 betas x 5 es x 6 as x 6 bs, as rows log A, log B, log E, alpha, beta.
-HOFFMANN_STARTS = np.array(
-    [
-        (a, b, e, alpha, beta)
-        for alpha, beta, e, a, b in itertools.product(
-            (0.0, 0.5, 1.0, 1.5, 2.0),
-            (0.0, 0.5, 1.0, 1.5, 2.0),
-            (-1.0, -0.5, 0.0, 0.5, 1.0),
-            (0.0, 5.0, 10.0, 15.0, 20.0, 25.0),
-            (0.0, 5.0, 10.0, 15.0, 20.0, 25.0),
-        )
-    ]
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ParametricFit(AllocationFit):
@@ -172,6 +165,8 @@ def fit_parametric(
     predicted too low (lbfgs only). Above 1 the law follows the best runs: under-tuned runs
     lie above the frontier.
     drop_highest_loss: this many runs of highest loss are left out first (Besiroglu et al.: 5).
+    Where the table's FLOPs are not 6 N D, a, b, k_N, k_D and the optima are under its own FLOPs a token as
+    a function of N (flag `flops_are_not_6nd`); `law.optimum` is always under C = 6 N D.
     interval: "residual" resamples leverage-corrected log residuals; "pairs" resamples runs, as the
     papers do; an int array (draws, runs) holds the resampled row numbers themselves.
     Raises CannotFit (see there for the names) and BadInput for unknown settings.
@@ -183,34 +178,40 @@ def fit_parametric(
     dropped = runs.run_id[~kept]
     runs = runs.where(kept)
     flags = _check_design(runs)
+    cost = Cost(runs)
 
-    problem = _Problem(runs, method, delta, overestimate_penalty)
+    problem = Problem(runs, method, delta, overestimate_penalty)
     if method == "lbfgs":
         ends = problem.minimise(starts)
     else:
-        ends = problem.minimise(_variable_projection(problem)[None])
+        ends = problem.minimise(variable_projection(problem)[None])
     best = np.argmin(ends.value)
     converged = ends.gradient_norm < GRADIENT_TOLERANCE
-    law = problem.law(ends.theta[best])
-    flags += _check_optimum(problem, ends.theta[best], law, converged[best])
+    law = ParametricLaw(*map(float, constants(ends.theta[best])))
+    flags += _check_optimum(runs, law, converged[best])
 
-    draws, refused = _bootstrap(problem, ends.theta[best], bootstrap, interval, seed)
+    draws, refused = bootstrap_constants(problem, ends.theta[best], bootstrap, interval, seed)
+    a, b, log_k_N, log_k_D = cost.allocation(ParametricLaw(*draws.T))
+    known = np.isfinite(a)
+    draws, refused = draws[known], refused + int((~known).sum())
+    allocation_draws = np.stack([a, b, log_k_N, log_k_D], axis=1)[known]
+    a, b, log_k_N, log_k_D = map(float, cost.allocation(law))
+    if not np.isfinite(a):
+        raise CannotFit("optimum_at_bound", "the law's optimum lies outside the runs' sizes")
     if refused > 0.05 * (refused + len(draws)):
         flags += ("refused_draws",)
-    laws = ParametricLaw(*draws.T)
     residuals = problem.log_loss - np.log(law.loss(runs.params, runs.tokens))
     spread = problem.log_loss - problem.log_loss.mean()
-    flops = np.geomspace(runs.flops.min(), runs.flops.max(), 9)
+    best_params, best_tokens = cost.optimum(law)
+    optima = (cost.flops, best_params, best_tokens, law.loss(best_params, best_tokens))
     return ParametricFit(
         approach="parametric",
-        a=law.a,
-        b=law.b,
-        k_N=law.k_N,
-        k_D=law.k_D,
-        optima=tuple(Optimum(*map(float, law.optimum(c))) for c in flops),
-        allocation_draws=np.stack(
-            [laws.a, laws.b, np.log(laws.k_N), np.log(laws.k_D)], axis=1
-        ),
+        a=a,
+        b=b,
+        k_N=float(np.exp(log_k_N)),
+        k_D=float(np.exp(log_k_D)),
+        optima=tuple(Optimum(*map(float, row)) for row in zip(*optima, strict=True)),
+        allocation_draws=allocation_draws,
         flops_range=(float(runs.flops.min()), float(runs.flops.max())),
         n_points=len(runs),
         residuals=residuals,
@@ -223,6 +224,7 @@ def fit_parametric(
         checklist={
             "law": "L(N, D) = E + A / N^alpha + B / D^beta",
             "objective": OBJECTIVES[method].format(delta=delta, penalty=overestimate_penalty),
+            "delta": delta if method == "lbfgs" else None,
             "method": method,
             "starts": len(ends.value),
             "gradient_tolerance": GRADIENT_TOLERANCE,
@@ -240,99 +242,6 @@ def fit_parametric(
         at_best=int((ends.value < ends.value[best] * (1 + 1e-6)).sum()),
         refused_draws=refused,
     )
-
-
-CONSTANTS = ("E", "A", "B", "alpha", "beta")
-OBJECTIVES = {
-    "lbfgs": "sum of Huber(log predicted - log observed), delta {delta:g}, "
-    "over-estimates weighed {penalty:g}",
-    "variable_projection": "sum of squared errors of the loss",
-    "variable_projection_relative": "sum of squared relative errors of the loss",
-}
-
-
-class _Problem:
-    """One table and one objective, in coordinates centred on the table: a' = log A - alpha mean(log N)
-    and b' likewise, in which the minimum is well conditioned. theta outside is always log A, log B,
-    log E, alpha, beta."""
-
-    def __init__(self, runs, method, delta, overestimate_penalty):
-        log_params, log_tokens = np.log(runs.params), np.log(runs.tokens)
-        self.centers = np.array([log_params.mean(), log_tokens.mean()])
-        self.x = log_params - self.centers[0]
-        self.y = log_tokens - self.centers[1]
-        self.log_loss = np.log(runs.loss)
-        self.method, self.delta, self.penalty = method, delta, overestimate_penalty
-
-    def log_points(self) -> np.ndarray:
-        """(2, n): log params and log tokens of the runs."""
-        return np.stack([self.x, self.y]) + self.centers[:, None]
-
-    def law(self, theta) -> ParametricLaw:
-        log_A, log_B, log_E, alpha, beta = map(float, theta)
-        return ParametricLaw(np.exp(log_E), np.exp(log_A), np.exp(log_B), alpha, beta)
-
-    def minimise(self, starts, log_loss=None, weights=None):
-        """Minima from `starts` (m, 5), each row with its own log_loss (m, n) or weights (m, n) if given."""
-        centred = np.array(starts, float)
-        centred[:, :2] -= centred[:, 3:] * self.centers
-
-        def objective(theta, rows):
-            z = self.log_loss if log_loss is None else log_loss[rows]
-            return self._value_and_gradient(theta, z, 1.0 if weights is None else weights[rows])
-
-        # The tolerance leaves room for the way back to uncentred coordinates (factors of about 20).
-        ends = minimise(objective, centred, points=len(self.x), tolerance=GRADIENT_TOLERANCE / 100)
-        _, gradient = objective(ends.theta, np.arange(len(centred)))
-        gradient[:, 3:] -= self.centers * gradient[:, :2]
-        theta = ends.theta
-        theta[:, :2] += theta[:, 3:] * self.centers
-        return ends._replace(theta=theta, gradient_norm=np.linalg.norm(gradient, axis=1))
-
-    def terms(self, centred):
-        """A / N^alpha, B / D^beta (m, n) and E (m, 1). Clipped: starts with alpha = 0 are far off."""
-        a, b, e, alpha, beta = (column[:, None] for column in centred.T)
-        size = np.multiply(alpha, -self.x)
-        data = np.multiply(beta, -self.y)
-        for exponent, constant in ((size, a), (data, b)):
-            exponent += constant
-            np.minimum(exponent, 300, out=exponent)
-            np.exp(exponent, out=exponent)
-        return size, data, np.exp(np.minimum(e, 300))
-
-    def _value_and_gradient(self, centred, log_loss, weights):
-        size, data, floor = self.terms(centred)
-        total = size + data
-        total += floor
-        if self.method == "lbfgs":
-            residual = np.log(total) - log_loss
-            slope = np.clip(residual, -self.delta, self.delta)
-            value = slope * (residual - 0.5 * slope)
-            if self.penalty != 1:
-                weights = weights * np.where(residual > 0, self.penalty, 1.0)
-            slope = slope / total
-        else:
-            loss = np.exp(log_loss)
-            slope = total - loss
-            if self.method == "variable_projection_relative":
-                weights = weights / loss**2
-            value = slope**2
-            slope = 2 * slope
-        value = value * weights
-        slope = slope * weights
-        size *= slope
-        data *= slope
-        gradient = [size.sum(1), data.sum(1), floor[:, 0] * slope.sum(1), -(size @ self.x), -(data @ self.y)]
-        return value.sum(1), np.stack(gradient, axis=1)
-
-    def jacobian(self, theta):
-        """d log predicted / d theta, (n, 5), up to the linear change to centred coordinates."""
-        centred = np.array(theta, float)
-        centred[:2] -= centred[3:] * self.centers
-        size, data, floor = self.terms(centred[None])
-        total = size + data + floor
-        shares = [size / total, data / total, floor / total]
-        return np.concatenate([*shares, -shares[0] * self.x, -shares[1] * self.y]).T
 
 
 def _check_design(runs: RunTable) -> tuple[str, ...]:
@@ -356,84 +265,23 @@ def _check_design(runs: RunTable) -> tuple[str, ...]:
     flags = () if width > 0.25 else ("nearly_collinear_design",)
     if len(runs) < 3 * len(CONSTANTS):
         flags += ("few_points",)
-    if abs(np.median(runs.flops / (6 * runs.params * runs.tokens)) - 1) > 0.05:
-        flags += ("flops_are_not_6nd",)  # the optimum below is under C = 6 N D all the same
+    if np.any(np.abs(np.log(runs.flops / (6 * runs.params * runs.tokens))) > 0.05):
+        flags += ("flops_are_not_6nd",)  # so that fit.a is not fit.law.a, which is under C = 6 N D
     return flags
 
 
-def _check_optimum(problem, theta, law, converged) -> tuple[str, ...]:
-    predicted = np.exp(problem.log_loss)
-    n, d = problem.log_points()
-    size, data = law.A * np.exp(-law.alpha * n), law.B * np.exp(-law.beta * d)
+def _check_optimum(runs: RunTable, law: ParametricLaw, converged: bool) -> tuple[str, ...]:
+    size, data = law.A / runs.params**law.alpha, law.B / runs.tokens**law.beta
     for name, exponent, term in (("alpha", law.alpha, size), ("beta", law.beta, data)):
-        if not 0.01 < exponent < 3 or (term / predicted).max() < 1e-4:
+        if not 0.01 < exponent < 3 or (term / runs.loss).max() < 1e-4:
             raise CannotFit(
                 "optimum_at_bound",
                 f"the best fit has {name} = {exponent:.3g} and its term at most {term.max():.2g} nats: "
                 "the runs do not determine that term",
             )
     flags = () if converged else ("not_converged",)
-    if (law.E / predicted).max() < 1e-3:
+    if (law.E / runs.loss).max() < 1e-3:
         flags += ("E_at_zero",)
     return flags
 
 
-def _variable_projection(problem) -> np.ndarray:
-    """theta of the least squares of the loss: E, A, B >= 0 are solved for on a grid over alpha, beta."""
-    exponents = np.geomspace(0.02, 2.5, 28)
-    loss = np.exp(problem.log_loss)
-    scale = 1 / loss if problem.method == "variable_projection_relative" else np.ones_like(loss)
-    size = np.exp(-exponents[:, None] * problem.x) * scale
-    data = np.exp(-exponents[:, None] * problem.y) * scale
-    target = loss * scale
-    normal = np.empty((len(exponents), len(exponents), 3, 3))
-    normal[..., 0, 0] = scale @ scale
-    normal[..., 0, 1] = normal[..., 1, 0] = (size @ scale)[:, None]
-    normal[..., 0, 2] = normal[..., 2, 0] = data @ scale
-    normal[..., 1, 1] = (size**2).sum(1)[:, None]
-    normal[..., 1, 2] = normal[..., 2, 1] = size @ data.T
-    normal[..., 2, 2] = (data**2).sum(1)
-    right = np.empty(normal.shape[:3])
-    right[..., 0] = scale @ target
-    right[..., 1] = (size @ target)[:, None]
-    right[..., 2] = data @ target
-    error = np.full(normal.shape[:2], np.inf)
-    solution = np.zeros_like(right)
-    for support in itertools.product((True, False), repeat=3):  # which of E, A, B are above zero
-        on = np.array(support)
-        block = np.where(on[:, None] & on, normal, np.eye(3))
-        x = np.linalg.solve(block, np.where(on, right, 0)[..., None])[..., 0]
-        reduced = target @ target - (x * right).sum(-1)
-        better = (x >= 0).all(-1) & (reduced < error)
-        error = np.where(better, reduced, error)
-        solution = np.where(better[..., None], x, solution)
-    i, j = np.unravel_index(np.argmin(error), error.shape)
-    E, A, B = np.log(np.maximum(solution[i, j], 1e-9))
-    alpha, beta = exponents[i], exponents[j]
-    return np.array([A + alpha * problem.centers[0], B + beta * problem.centers[1], E, alpha, beta])
-
-
-def _bootstrap(problem, theta, n_draws, interval, seed):
-    """((draws, 5): E, A, B, alpha, beta; how many draws were refused)."""
-    rng = np.random.default_rng(seed)
-    n = len(problem.x)
-    if isinstance(interval, np.ndarray):
-        n_draws = len(interval)
-        weights = np.stack([np.bincount(rows, minlength=n) for rows in interval]).astype(float)
-    elif interval == "pairs":
-        weights = multinomial_counts(rng, n_draws, n)
-    if n_draws == 0:
-        return np.empty((0, 5)), 0
-    start = np.tile(theta, (n_draws, 1))
-    if isinstance(interval, str) and interval == "residual":
-        fitted = np.log(problem.law(theta).loss(*np.exp(problem.log_points())))
-        delta = problem.delta if problem.method == "lbfgs" else np.inf
-        errors = corrected_residuals(problem.log_loss - fitted, problem.jacobian(theta), delta)
-        ends = problem.minimise(start, log_loss=fitted + rng.choice(errors, (n_draws, n)))
-    else:
-        ends = problem.minimise(start, weights=weights)
-    sound = (ends.gradient_norm < GRADIENT_TOLERANCE) & (ends.theta[:, 3:] > 0).all(1)
-    sound &= (ends.theta[:, :3] < 100).all(1)
-    draws = ends.theta[sound][:, [2, 0, 1, 3, 4]]
-    draws[:, :3] = np.exp(draws[:, :3])
-    return draws, int(n_draws - sound.sum())
