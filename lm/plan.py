@@ -226,10 +226,16 @@ def plan(
         draws = ParametricLaw(*named.draws.T)
         losses = interval_of(draws) if interval_of else draws.loss(best.params, best.tokens)
         interval = list(percentile_interval(losses, 0.80))
+        if not extra:
+            drawn = draws.optimum(flops)
+            extra["params_interval80"] = list(percentile_interval(drawn.params, 0.80))
+            extra["tokens_interval80"] = list(percentile_interval(drawn.tokens, 0.80))
     else:
         reasons["loss_interval80"] = reasons.get("loss") or named.no_interval
     training_flops = float(best.flops)
-    model, sizes = decoder_shape(float(best.params), vocab_size, named.params_counted, aspect_ratio)
+    model, sizes = decoder_shape(
+        float(best.params), vocab_size, named.params_counted, aspect_ratio, seq_len
+    )
     sequences, rate = _batch_and_rate(
         sizes, float(best.tokens), seq_len, learning_rate_rule, batch_rule
     )
@@ -264,14 +270,19 @@ def plan(
 
 
 def decoder_shape(
-    params: float, vocab_size: int, counted: str = "total", aspect_ratio: float = 100.0
+    params: float,
+    vocab_size: int,
+    counted: str = "total",
+    aspect_ratio: float = 100.0,
+    seq_len: int = 2_048,
 ) -> tuple[dict, dict]:
     """(model settings, exact parameter counts) of the decoder nearest to `params`.
 
     Rule: head width 128 from d_model 1024 up (64 from 256, else 16), d_model in multiples of it and
     of 512 from 4096 up, d_ff = 8/3 d_model up to a multiple of 64, and among the depths and widths
     within 2 % of `params` the one nearest to `aspect_ratio`; the nearest in size where none is
-    within 2 %. `counted`: total, non_embedding or blocks_and_head.
+    within 2 %. `counted`: total, non_embedding, blocks_and_head, or effective, to which
+    `seq_len` matters.
     """
     steps = ((16, 256, 16), (256, 1024, 64), (1024, 4096, 128), (4096, 65_537, 512))
     width = np.concatenate([np.arange(*step) for step in steps])
@@ -286,18 +297,18 @@ def decoder_shape(
         "head_width": head_width,
         "d_ff": -(-8 * d_model // 192) * 64,
     }
-    sizes = arithmetic.parameters(arithmetic.model_columns(**settings))
-    miss = np.abs(np.log(getattr(sizes, counted) / params))
+    columns = arithmetic.model_columns(**settings)
+    count = arithmetic.parameters(columns)
+    sizes = {n: getattr(count, n) for n in ("total", "blocks_and_head", "non_embedding")}
+    if counted not in sizes:
+        sizes["effective"] = arithmetic.effective_parameters(columns, seq_len)
+    miss = np.abs(np.log(sizes[counted] / params))
     off_aspect = np.abs(np.log(d_model / n_layers / aspect_ratio))
     best = int(np.argmin(np.where(miss <= 0.02, off_aspect, 1e3 + miss)))
     model = {name: int(values[best]) for name, values in settings.items()} | {
         "feed_forward": "swiglu"
     }
-    counts = {
-        name: int(np.broadcast_to(getattr(sizes, name), miss.shape)[best])
-        for name in ("total", "blocks_and_head", "non_embedding")
-    }
-    return model, counts
+    return model, {n: int(np.broadcast_to(size, miss.shape)[best]) for n, size in sizes.items()}
 
 
 def _batch_and_rate(
@@ -327,6 +338,14 @@ def _warnings(named: NamedLaw, flops: float, params: float, sizes: dict) -> list
                 f"extrapolation: {flops:.3g} FLOPs is {low / flops:.3g} times below the smallest"
                 f" budget ({low:.3g}) behind {named.name}"
             )
+    if (
+        isinstance(named.law, ParametricLaw)
+        and named.flops_counted in arithmetic.FLOPS_CONVENTIONS[1:]
+    ):
+        warnings.append(
+            f"the runs behind {named.name} count FLOPs as {named.flops_counted!r}; this plan spends"
+            " 6 N D, which its L(N, D) trades"
+        )
     got = sizes[named.params_counted]
     if abs(math.log(got / params)) > 0.02:
         warnings.append(

@@ -95,6 +95,8 @@ def test_interval_is_that_of_the_joint_draws(capsys, law_json):
     assert result["loss_interval80"] == pytest.approx(list(np.quantile(losses, [0.1, 0.9])))
     low, high = result["loss_interval80"]
     assert low < result["loss"] < high
+    drawn = ParametricLaw(*draws.T).optimum(1e20).params
+    assert result["params_interval80"] == pytest.approx(list(np.quantile(drawn, [0.1, 0.9])))
 
     limited = planned(capsys, f"--law={path}", "--flops=1e20", "--unique_tokens=1e8")
     law = replace(MUENNIGHOFF2023, base=ParametricLaw(*draws.T))
@@ -106,6 +108,21 @@ def test_another_approach_of_the_file_is_selectable(capsys, law_json):
     result = planned(capsys, f"--law={law_json[0]}:isoflop", "--flops=1e20")
     assert (result["params"], result["tokens"]) == pytest.approx((1e9, 1.6e10))
     assert result["loss"] is None and "not a loss" in result["reasons"]["loss"]
+
+
+@pytest.mark.parametrize("counted", ["non_embedding", "effective", "blocks_and_head", "total"])
+def test_the_decoder_is_counted_as_the_laws_table_counted(capsys, law_json, counted):
+    path, _ = law_json
+    content = json.loads(path.read_text())
+    content["accounting"] = {"params": counted, "flops": "exact"}
+    path.write_text(json.dumps(content))
+    result = planned(capsys, f"--law={path}", "--flops=1e19", "--seq_len=4096")
+    assert result["params_counted"] == counted
+    assert result["config_params"][counted] == pytest.approx(result["params"], rel=0.02)
+    model = ModelConfig(**result["config"]["model"])
+    effective = arithmetic.effective_parameters(model, 4096)
+    assert result["config_params"].get("effective", effective) == pytest.approx(effective, rel=1e-6)
+    assert any("count FLOPs as 'exact'" in text for text in result["warnings"])
 
 
 def test_extrapolation_is_said(capsys, law_json):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.command import BadInput, nearest
+from lm.scaling.accounting import PARAMS_CONVENTIONS
 from lm.scaling.data_limited import MUENNIGHOFF2023
 from lm.scaling.inference import SARDANA2024
 from lm.scaling.kaplan import KaplanAllocation
@@ -80,15 +81,16 @@ class NamedLaw:
     """A law with what a plan must know about it.
 
     law: has `optimum(flops)`; a `ParametricLaw` also has losses anywhere. flops_range: of the runs
-    it was fitted to, None where there were none. params_counted: "total", "non_embedding" or
-    "blocks_and_head". no_loss, no_interval: why the source cannot give them ("" where it can).
-    draws: (n, 5) joint draws E, A, B, alpha, beta.
+    it was fitted to, None where there were none. params_counted, flops_counted: the conventions
+    of its N ("total" where a table does not say) and C. no_loss, no_interval: why the source cannot
+    give them ("" where it can). draws: (n, 5) joint draws E, A, B, alpha, beta.
     """
 
     name: str
     law: ParametricLaw | PowerLawAllocation | TokensPerParameter | KaplanAllocation
     flops_range: tuple[float, float] | None
     params_counted: str = "total"
+    flops_counted: str = "6nd"
     no_loss: str = ""
     no_interval: str = "the source publishes no joint draws of its constants"
     draws: np.ndarray | None = None
@@ -200,10 +202,12 @@ def read_law(path: Path, approach: str = "") -> NamedLaw:
     if flops_range is not None:
         flops_range = _numbers(flops_range, (2,), f"{path}: flops_range must be [lowest, highest]")
     accounting = content.get("accounting")
-    counted = accounting.get("params") if isinstance(accounting, dict) else None
+    accounting = accounting if isinstance(accounting, dict) else {}
+    counted = accounting.get("params")
     shared = {
         "flops_range": flops_range if flops_range is None else tuple(flops_range.tolist()),
-        "params_counted": counted if counted in ("total", "non_embedding") else "blocks_and_head",
+        "params_counted": counted if counted in PARAMS_CONVENTIONS else "total",
+        "flops_counted": str(accounting.get("flops", "6nd")),
     }
     if approach != "parametric":
         law = PowerLawAllocation(number("k_N"), number("a"), number("k_D"), number("b"), name)

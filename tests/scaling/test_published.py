@@ -116,7 +116,10 @@ def test_a_fitted_law_is_read_with_its_draws_range_and_accounting(law_json):
     assert named.name == "law.json:parametric"
     assert (named.law.E, named.law.beta) == (1.7, 0.37)
     assert named.draws.shape == (2, 5) and not named.no_interval
-    assert named.flops_range == (1e15, 1e18) and named.params_counted == "non_embedding"
+    assert named.flops_range == (1e15, 1e18)
+    assert (named.params_counted, named.flops_counted) == ("non_embedding", "6nd")
+    elsewhere = changed("accounting", {"params": "as in the table", "flops": "as in the table"})
+    assert named_law(law_json(elsewhere)).params_counted == "total"
     isoflop = named_law(path + ":isoflop")
     assert isinstance(isoflop.law, PowerLawAllocation)
     assert isoflop.law.optimum(1e18).tokens == pytest.approx(1.7e9)
