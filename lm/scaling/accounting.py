@@ -31,9 +31,7 @@ _OPTIONAL = (
 )  # fmt: skip
 
 
-def recount(
-    runs: RunTable, *, params: str = "blocks_and_head", flops: str = "6nd"
-) -> RunTable:
+def recount(runs: RunTable, *, params: str = "blocks_and_head", flops: str = "6nd") -> RunTable:
     """`runs` with params and FLOPs counted anew; tokens and losses stay as they are.
 
     params: `total`; `non_embedding` (Kaplan et al.'s); `blocks_and_head` (Porian et al.'s standard
@@ -101,7 +99,7 @@ def _shapes(runs: RunTable) -> dict[str, object]:
             continue
         kinds = sorted(set(map(str, values)))
         if len(kinds) > 1:
-            raise BadInput(f"column {name} mixes {', '.join(kinds)}: one kind a table can be counted")
+            raise BadInput(f"column {name} mixes {', '.join(kinds)}: a table must be of one kind")
         words = {"true": 1, "false": 0}
         shapes[name] = np.full(len(runs), words.get(kinds[0].lower(), kinds[0]))
     return shapes

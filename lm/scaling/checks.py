@@ -1,4 +1,4 @@
-"""Would the fit say the same without its most influential runs, and does it foresee runs it did not see?"""
+"""Does a fit say the same without its most influential runs, and foresee runs it did not see?"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class HeldOut:
 def leave_highest_out(
     runs: RunTable, fit: Callable[[RunTable], AllocationFit], ks: Sequence[int] = (0, 1, 3, 5, 8)
 ) -> list[tuple[int, AllocationFit]]:
-    """(k, `fit` of the runs without the k highest losses) for each k. Raises CannotFit as `fit` does."""
+    """(k, `fit` without the k highest losses) for each k. Raises CannotFit as `fit` does."""
     order = np.argsort(-runs.loss, kind="stable")
     return [(k, fit(runs.where(np.sort(order[k:])))) for k in ks]
 
@@ -38,8 +38,8 @@ def leave_highest_out(
 def leave_top_budget_out(runs: RunTable, fit: Callable[[RunTable], AllocationFit]) -> HeldOut:
     """`fit` on the runs below the top budget, judged on the top budget's.
 
-    The top budget is the highest value of the column `budget`, or all runs within 10 % of the highest
-    FLOPs. Raises CannotFit as `fit` does, and where nothing is left.
+    The top budget is the highest value of the column `budget`, or all runs within 10 % of the
+    highest FLOPs. Raises CannotFit as `fit` does, and where nothing is left.
     """
     budget = runs.columns.get("budget")
     if budget is not None and budget.dtype.kind == "f":

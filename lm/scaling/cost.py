@@ -6,10 +6,11 @@ from lm.scaling.table import RunTable
 
 
 class Cost:
-    """What a token costs as a function of N, as the table's own FLOPs say, and the optimum under it.
+    """What a token costs as a function of N, by the table's own FLOPs, and the optimum under it.
 
-    Under C = 6 N D, and any C proportional to N D, the optimum is in closed form. Elsewhere log(C / D)
-    is a parabola in log N, and the optimum at each of nine FLOP values is found by bisection.
+    Under C = 6 N D, and any C proportional to N D, the optimum is in closed form. Elsewhere
+    log(C / D) is a parabola in log N, and the optimum at each of nine FLOP values is found by
+    bisection.
     """
 
     def __init__(self, runs: RunTable):
@@ -22,9 +23,8 @@ class Cost:
 
     def optimum(self, law):
         """(N_opt, D_opt) at self.flops, (..., 9) each, of a law whose constants may be arrays."""
-        E, A, B, alpha, beta = (
-            np.asarray(getattr(law, name), float)[..., None] for name in ("E", "A", "B", "alpha", "beta")
-        )
+        names = ("A", "B", "alpha", "beta")
+        A, B, alpha, beta = (np.asarray(getattr(law, name), float)[..., None] for name in names)
         if self.proportional:
             a, b, log_k_N, log_k_D = (
                 np.asarray(value)[..., None] for value in self.allocation(law)

@@ -38,8 +38,8 @@ def fit_envelope(
     its steps); validation losses are used where a run logged at least two, else training losses.
     last_fraction: only this last part of a run counts, in which its learning rate has decayed (the
     paper finds all its minima there: 0.15); 1.0 takes whole curves.
-    FLOP values where the best run is of the smallest or largest size on offer there say nothing about the
-    optimum and are left out, which the paper does not do.
+    FLOP values where the best run is of the smallest or largest size on offer there say nothing
+    about the optimum and are left out, which the paper does not do.
     Intervals: runs are resampled with replacement, the envelope is taken anew. Raises CannotFit.
     """
     runs = [_Curve(curves, name, smoothing, last_fraction) for name in np.unique(curves.run_id)]
@@ -60,8 +60,8 @@ def fit_envelope(
     if len(np.unique(winners)) < 2:
         raise CannotFit(
             "no_interior_minimum",
-            f"the envelope lies on {len(np.unique(winners))} sizes between the smallest and largest; "
-            "more sizes a budget, or last_fraction=1.0, are needed",
+            f"the envelope lies on {len(np.unique(winners))} sizes, the smallest and the "
+            "largest left out; more sizes a budget, or last_fraction=1.0, are needed",
         )
     x, y = grid[points], np.log(winners)
     tokens = log_tokens[best[points], points]
@@ -71,7 +71,7 @@ def fit_envelope(
     residuals = y - (a * x + log_k_N)
     progress = np.array([np.exp(c - runs[i].end) for c, i in zip(x, best[points], strict=True)])
     flags = () if len(np.unique(winners)) > 3 else ("few_sizes_on_the_envelope",)
-    if len(points) < 0.5 * n_flops:
+    if len(points) < 0.05 * n_flops:
         flags += ("envelope_has_gaps",)
     if refused > 0.05 * bootstrap:
         flags += ("refused_draws",)

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def percentile_interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """(low, high) that hold the central `level` of the finite `draws`; (nan, nan) for fewer than 2."""
+    """(low, high) of the central `level` of the finite `draws`; (nan, nan) for fewer than 2."""
     draws = np.asarray(draws, float)
     draws = draws[np.isfinite(draws)]
     if draws.size < 2:
@@ -16,13 +16,13 @@ def percentile_interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, 
 def corrected_residuals(
     residuals: np.ndarray, jacobian: np.ndarray, delta: float = np.inf
 ) -> np.ndarray:
-    """Residuals (n,) as they would be had the fit not followed them: r / sqrt(1 - influence), centred.
+    """Residuals (n,) as if the fit had not followed them: r / sqrt(1 - influence), centred.
 
     jacobian: (n, p), d fitted / d parameters. A least-squares fit shrinks its residuals by
     sqrt(1 - leverage), about sqrt(1 - p / n), and with them the intervals (Davison & Hinkley 1997,
-    section 6.2.3). A Huber fit follows run i with influence leverage * psi(r) / r / mean psi': large
-    for the p runs that a small delta makes it pass through, whose residuals of about zero would
-    otherwise make the intervals too narrow, small for those beyond delta.
+    section 6.2.3). A Huber fit follows run i with influence leverage * psi(r) / r / mean psi':
+    small for runs beyond delta, large for the p runs that a small delta makes it pass through,
+    whose residuals of about zero would otherwise make the intervals too narrow.
     """
     n, p = jacobian.shape
     basis, _ = np.linalg.qr(jacobian)

@@ -1,4 +1,4 @@
-"""Approach 2 (Hoffmann et al. 2022, section 3.2): one loss profile a budget, a line through the minima.
+"""Approach 2 (Hoffmann et al. 2022, section 3.2): loss profiles, and a line through their minima.
 
 Every profile's minimum has its own uncertainty, and the minima scatter about the line by more than
 that (tau). The line is weighted by both, and its intervals carry both.
@@ -20,17 +20,18 @@ DEGREE = {"parabola": 2, "cubic": 3}
 FEWEST_RUNS = {"parabola": 4, "cubic": 5, "akima": 4}
 INTERVALS = ("residual", "pairs")
 UNEVEN = 1.1  # highest over lowest FLOPs of a budget above which its runs are brought to one value
-NEAREST_BUDGET = 10**0.12  # of budgets given as numbers, a run belongs to the nearest within this factor
+NEAREST_BUDGET = 10**0.12  # a run belongs to the nearest of the given budgets within this factor
 
 
 @dataclass(frozen=True)
 class Profile:
     """One budget's runs, sorted by params, and the curve through them over x = log params.
 
-    `used` masks the runs inside the window. `coefficients` are the polynomial's in (x - center), highest power
-    first; empty for Akima. `minimum` is the estimator's own optimum, `log_params_sd` its standard
-    error in log params, `akima` the Akima interpolant's optimum in params (nan where it lies at an
-    edge) as a cross-check. `reason` says why the profile is not in the fit; "" for those that are.
+    `used` masks the runs inside the window. `coefficients` are the polynomial's in (x - center),
+    highest power first; empty for Akima. `minimum` is the estimator's own optimum, `log_params_sd`
+    its standard error in log params, `akima` the Akima interpolant's optimum in params (nan where
+    it lies at an edge) as a cross-check. `reason` says why the profile is not in the fit; "" for
+    those that are.
     """
 
     flops: float
@@ -63,8 +64,8 @@ class IsoflopFit(AllocationFit):
     """The allocation of Approach 2 with its profiles, used and excluded.
 
     `residuals` are the used profiles' (observed / fitted - 1), one after the other. `goodness`:
-    r_squared of log N_opt, rms_relative_residual of the loss, tau (scatter of log N_opt between budgets
-    beyond what the profiles' noise explains), chi_squared over degrees of freedom of the line.
+    r_squared of log N_opt, rms_relative_residual of the loss, tau (scatter of log N_opt between
+    budgets beyond what the profiles' noise explains), chi_squared of the line over its freedom.
     """
 
     estimator: str
@@ -86,9 +87,9 @@ def fit_isoflop(
     """Fits N = k_N C^a and D = k_D C^b through the minima of the isoFLOP profiles.
 
     budgets: a column that names each run's budget; or a relative tolerance by which FLOPs are
-    grouped (0.1: within 10 % of the group's lowest); or the budgets themselves, to which runs within
-    0.12 dex belong. None takes the column `budget` where there is one, and 0.1 otherwise.
-    estimator: "parabola", "cubic" (both least squares of the loss in log N) or "akima" (interpolation).
+    grouped (0.1: within 10 % of the group's lowest); or the budgets themselves, to which runs
+    within 0.12 dex belong. None takes the column `budget` where there is one, and 0.1 otherwise.
+    estimator: "parabola", "cubic" (least squares of the loss in log N) or "akima" (interpolation).
     window: keeps runs within this factor of the lowest-loss run's params (6.0: N / 6 to 6 N).
     interval: "residual" resamples relative residuals, leverage-corrected and pooled over budgets,
     and adds the scatter between budgets; "pairs" resamples the runs of each budget.
@@ -157,7 +158,7 @@ def fit_isoflop(
         flags=levelled + _flags(profiles, line, refused, bootstrap),
         checklist={
             "law": "N_opt = k_N C^a, D_opt = k_D C^b",
-            "objective": f"{estimator} of the loss in log N by budget; line weighted by noise and tau",
+            "objective": f"{estimator} of loss in log N by budget; line weighted by noise and tau",
             "budgets": [profile.flops for profile in profiles],
             "window": window,
             "interval": interval,
@@ -281,7 +282,7 @@ class _ProfileFit:
         return self._inside(np.linalg.pinv(basis) @ losses)
 
     def minima_of_resamples(self, counts: np.ndarray) -> np.ndarray:
-        """log N at the polynomial's minimum when run j is there counts[:, j] times, counts (m, n)."""
+        """log N at the minimum when run j is there counts[:, j] times, counts (m, n)."""
         basis = np.vander(self.x - self.center, DEGREE[self.estimator] + 1)
         normal = np.einsum("mn,ni,nj->mij", counts, basis, basis)
         right = (counts * self.loss) @ basis
@@ -323,14 +324,14 @@ class _ProfileFit:
 
 
 def _cubic_minimum(c3, c2, c1):
-    """Where c3 x^3 + c2 x^2 + c1 x has its local minimum, in a form that holds for c3 = 0; nan where none."""
+    """The local minimum of c3 x^3 + c2 x^2 + c1 x, in a form that holds for c3 = 0; else nan."""
     with np.errstate(invalid="ignore", divide="ignore"):
         found = -c1 / (c2 + np.sqrt(c2**2 - 3 * c3 * c1))
     return np.where(np.isfinite(found), found, np.nan)
 
 
 def _akima_minima(x, losses):
-    """(argmin, min) of the Akima interpolant of each column of losses (n, m); argmin nan at an edge."""
+    """(argmin, min) of the Akima interpolant of each column of losses (n, m); nan at an edge."""
     pieces = Akima1DInterpolator(x, losses).c  # (4, n - 1, m), powers of (x - x_k), highest first
     within = _cubic_minimum(*pieces[:3])
     width = np.diff(x)[:, None]
@@ -359,9 +360,9 @@ class _Line:
         self.chi_squared = (residual**2 * self.weights).sum()
         weighted = self.basis * self.weights[:, None]
         overlap = np.linalg.solve(self.basis.T @ weighted, weighted.T @ weighted)
-        excess = (self.chi_squared - (len(x) - 2)) / max(self.weights.sum() - np.trace(overlap), 1e-300)
+        excess = self.chi_squared - (len(x) - 2)
         if len(x) > 2 and excess > 0:
-            self.tau = np.sqrt(excess)
+            self.tau = np.sqrt(excess / (self.weights.sum() - np.trace(overlap)))
         self.weights = 1 / (variance + self.tau**2)
 
     def fit(self, values):

@@ -35,7 +35,7 @@ def minimise(
     tolerance: float = 1e-6,
     iterations: int = 1000,
 ) -> Minima:
-    """Runs L-BFGS (Nocedal & Wright, algorithm 7.4; weak Wolfe line search) from every row of `theta`.
+    """Runs L-BFGS (Nocedal & Wright, algorithm 7.4; weak Wolfe line search) from each row of theta.
 
     objective(theta (m, p), rows (m,)) -> (value (m,), gradient (m, p)); `rows` are the indices of
     the starts, for objectives that differ by row. `points` is how many data points one row costs,
@@ -75,8 +75,8 @@ def _minimise(evaluate, theta, tolerance, iterations) -> Minima:
         trial_f, trial_g = evaluate(trial_x, rows)
         evaluations += len(rows)
 
-        # The slack is what rounding of f alone can do: without it the last steps to a small gradient
-        # are refused.
+        # The slack is what rounding of f alone can do: without it the last steps to a small
+        # gradient are refused.
         lower = trial_f <= f + ARMIJO * t * slope + 1e-15 * np.abs(f)
         flatter = (trial_g * d).sum(1) >= WOLFE * slope
         high = np.where(lower, high, t)

@@ -49,7 +49,7 @@ class Problem:
         self.method, self.delta, self.penalty = method, delta, overestimate_penalty
 
     def minimise(self, starts, log_loss=None, weights=None):
-        """Minima from `starts` (m, 5); row by row with its own log_loss or weights (m, n), if given."""
+        """Minima from `starts` (m, 5), each with its own log_loss or weights (m, n) if given."""
         centred = np.array(starts, float)
         centred[:, :2] -= centred[:, 3:] * self.centers
 
@@ -66,7 +66,7 @@ class Problem:
         return ends._replace(theta=theta, gradient_norm=np.linalg.norm(gradient, axis=1))
 
     def terms(self, centred):
-        """A / N^alpha, B / D^beta (m, n) and E (m, 1). Clipped: starts with alpha = 0 are far off."""
+        """A / N^alpha, B / D^beta (m, n), E (m, 1); clipped, as some starts are far off."""
         a, b, e, alpha, beta = (column[:, None] for column in centred.T)
         size = np.multiply(alpha, -self.x)
         data = np.multiply(beta, -self.y)
@@ -114,7 +114,7 @@ class Problem:
 
 
 def variable_projection(problem: Problem) -> np.ndarray:
-    """theta of the least squares of the loss: E, A, B >= 0 are solved for on a grid over alpha, beta."""
+    """theta near the least squares: E, A, B >= 0 solved for over a grid of alpha, beta."""
     exponents = np.geomspace(0.02, 2.5, 28)
     loss = np.exp(problem.log_loss)
     scale = 1 / loss if problem.method == "variable_projection_relative" else np.ones_like(loss)

@@ -71,8 +71,8 @@ class ParametricLaw:
         return Optimum(flops, params, tokens, self.loss(params, tokens))
 
 
-# Unrounded, as Besiroglu et al. read them in the paper's TeX source: the rounded 1.69, 406.4, 410.7,
-# .34, .28 move the optimal tokens per parameter at 5.88e23 FLOPs from 59 to 93.
+# Unrounded, as Besiroglu et al. read them in the paper's TeX source: the rounded 1.69, 406.4,
+# 410.7, .34, .28 move the optimal tokens per parameter at 5.88e23 FLOPs from 59 to 93.
 HOFFMANN2022 = ParametricLaw(
     E=float(np.exp(0.5267228)),
     A=float(np.exp(6.0073404)),
@@ -90,6 +90,7 @@ BESIROGLU2024 = ParametricLaw(
     source="Besiroglu et al. 2024",
 )
 
+
 @dataclass(frozen=True, kw_only=True)
 class ParametricFit(AllocationFit):
     """The fitted law, its bootstrap, and how the search for it ended.
@@ -97,7 +98,8 @@ class ParametricFit(AllocationFit):
     `draws` is (n, 5): E, A, B, alpha, beta, refused draws left out and counted in `refused_draws`.
     `residuals` are log observed minus log predicted loss, in the order of the runs fitted.
     `starts` says how many starts were run, `converged` how many of them ended with a gradient norm
-    below 1e-6 (with respect to log A, log B, log E, alpha, beta), `at_best` how many at the best objective.
+    below 1e-6 (with respect to log A, log B, log E, alpha, beta), `at_best` how many at the best
+    objective.
     """
 
     law: ParametricLaw
@@ -165,8 +167,8 @@ def fit_parametric(
     predicted too low (lbfgs only). Above 1 the law follows the best runs: under-tuned runs
     lie above the frontier.
     drop_highest_loss: this many runs of highest loss are left out first (Besiroglu et al.: 5).
-    Where the table's FLOPs are not 6 N D, a, b, k_N, k_D and the optima are under its own FLOPs a token as
-    a function of N (flag `flops_are_not_6nd`); `law.optimum` is always under C = 6 N D.
+    Where the table's FLOPs are not 6 N D, a, b, k_N, k_D and the optima are under its own FLOPs a
+    token, as a function of N (flag `flops_are_not_6nd`); `law.optimum` is always under C = 6 N D.
     interval: "residual" resamples leverage-corrected log residuals; "pairs" resamples runs, as the
     papers do; an int array (draws, runs) holds the resampled row numbers themselves.
     Raises CannotFit (see there for the names) and BadInput for unknown settings.
@@ -250,10 +252,14 @@ def _check_design(runs: RunTable) -> tuple[str, ...]:
         bad = ", ".join(map(str, runs.run_id[~np.isfinite(runs.loss)][:5]))
         raise CannotFit("non_finite_loss", f"the loss of run {bad} is not a number")
     if len(runs) < FEWEST_RUNS:
-        raise CannotFit("too_few_points", f"{len(runs)} runs for 5 constants; at least {FEWEST_RUNS}")
+        raise CannotFit(
+            "too_few_points", f"{len(runs)} runs for 5 constants; {FEWEST_RUNS} at least"
+        )
     log_params, log_tokens, log_flops = np.log(runs.params), np.log(runs.tokens), np.log(runs.flops)
     if np.ptp(log_flops) < 0.1:
-        raise CannotFit("one_budget", "all runs cost the same within 10 %: nothing to extrapolate from")
+        raise CannotFit(
+            "one_budget", "all runs cost the same within 10 %: an exponent needs more budgets"
+        )
     # The narrower principal axis of the cloud of (log N, log D): 0 when D is a power of N.
     width = np.sqrt(np.linalg.eigvalsh(np.cov(log_params, log_tokens))[0])
     if width < 0.05:
@@ -276,12 +282,10 @@ def _check_optimum(runs: RunTable, law: ParametricLaw, converged: bool) -> tuple
         if not 0.01 < exponent < 3 or (term / runs.loss).max() < 1e-4:
             raise CannotFit(
                 "optimum_at_bound",
-                f"the best fit has {name} = {exponent:.3g} and its term at most {term.max():.2g} nats: "
-                "the runs do not determine that term",
+                f"the best fit has {name} = {exponent:.3g}, its term below {term.max():.2g} nats: "
+                "the runs do not determine it",
             )
     flags = () if converged else ("not_converged",)
     if (law.E / runs.loss).max() < 1e-3:
         flags += ("E_at_zero",)
     return flags
-
-

@@ -116,7 +116,7 @@ def read_curves(
     runs: RunTable,
     columns: Mapping[str, str] | None = None,
 ) -> CurveTable:
-    """Reads training curves: CSV files, or folders holding curves.csv; sizes are `runs`', by run_id.
+    """Reads training curves: CSV files, or folders holding curves.csv; sizes by run_id from `runs`.
 
     Needs `run_id`, `tokens` or `flops`, and one of `train_loss`, `validation_loss`. Points of runs
     that are not in `runs` are left out. Raises BadInput naming column and rows.
@@ -223,7 +223,7 @@ def _refuse_bits(loss, others, labels) -> None:
 
 
 def _read(paths, default, columns):
-    """(header in our names, rows as dicts of text, labels): all files of `paths`, one after the other."""
+    """(header in our names, rows as dicts of text, labels): all files of `paths` in turn."""
     header, rows, labels = [], [], []
     paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     for path in paths:
@@ -232,7 +232,8 @@ def _read(paths, default, columns):
             with open(path, newline="", encoding="utf-8-sig") as file:
                 lines = list(csv.reader(file))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise BadInput(f"cannot read {path}: {why}") from None
         if not lines:
             raise BadInput(f"{path} is empty")
         names = _renamed([name.strip() for name in lines[0]], columns, path)
@@ -241,7 +242,7 @@ def _read(paths, default, columns):
             if not any(line):
                 continue
             if len(line) != len(names):
-                raise BadInput(f"{path} line {number}: {len(line)} fields, {len(names)} in the header")
+                raise BadInput(f"{path} line {number}: {len(line)} fields, not {len(names)}")
             rows.append(dict(zip(names, line, strict=True)))
             labels.append(f"line {number}" if len(paths) == 1 else f"{path} line {number}")
     if not rows:
