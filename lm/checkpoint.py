@@ -1,4 +1,7 @@
-"""A run's folder: ``config.json``, ``metrics.jsonl``, ``result.json`` (last: its presence means done), ``checkpoints/``."""
+"""A run's folder: whose it is, whether it is done, and its checkpoints.
+
+``config.json`` says whose; ``result.json`` is written last, so that its presence means done.
+"""
 
 import json
 from pathlib import Path
@@ -25,7 +28,8 @@ def claim(workdir: Path, config: configuration.Config, force: bool = False) -> d
         changed = list(configuration.differences(found, wanted))
         if changed and not force:
             raise BadInput(
-                f"{workdir} holds a run of another config ({'; '.join(changed)}): use another --workdir, or --force"
+                f"{workdir} holds a run of another config ({'; '.join(changed)}):"
+                " use another --workdir, or --force"
             )
         result = workdir / "result.json"
         if result.exists() and not changed:
@@ -44,14 +48,14 @@ def load_config(workdir: Path) -> configuration.Config:
 
 
 class Checkpoints:
-    """The newest training states of a run and one kept for ever, by Orbax: asynchronous, atomic, sharded.
+    """The newest training states and one kept for ever, by Orbax: asynchronous, atomic, sharded.
 
     A state restores onto any mesh: the abstract state says where its arrays shall lie.
     """
 
     def __init__(self, workdir: Path, kept_step: int | None = None, newest: int = 2):
-        import orbax.checkpoint as ocp  # a second of import that a run without checkpoints saves
-
+        # Here, as it takes a second that a run without checkpoints saves.
+        import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         self._ocp = ocp
@@ -75,7 +79,7 @@ class Checkpoints:
         )
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict] | None:
-        """(state, meta) of ``step`` (default: the newest complete one), or None where it is missing.
+        """(state, meta) of ``step`` (default: the newest complete one), or None where missing.
 
         ``abstract`` gives shapes, dtypes and shardings.
         """

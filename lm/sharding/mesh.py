@@ -23,7 +23,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         model = n // data
     if data * model != n:
         raise BadInput(
-            f"mesh.data = {config.data}, mesh.model = {config.model}: must multiply to the {n} devices here"
+            f"mesh.data = {config.data}, mesh.model = {config.model}:"
+            f" must multiply to the {n} devices here"
         )
     # Linen's logical constraints work on Auto axes; make_mesh gives Explicit ones unless asked.
     return jax.make_mesh((data, model), AXES, devices=devices, axis_types=(AxisType.Auto,) * 2)

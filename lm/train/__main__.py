@@ -47,14 +47,16 @@ def main() -> int | None:
         task = bar.add_task("preparing", total=None)
 
         def progress(at) -> None:
-            told = f"step {at.step}/{at.n_steps}  loss {at.loss:.3f}  {at.tokens / at.step_seconds:,.0f} tokens/s"
+            speed = f"{at.tokens / at.step_seconds:,.0f} tokens/s"
+            told = f"step {at.step}/{at.n_steps}  loss {at.loss:.3f}  {speed}"
             bar.update(task, total=at.n_steps, completed=at.step, description=told)
 
         result = train(config, FLAGS.workdir, progress=progress, force=FLAGS.force)
     print(
-        f"{result['status']}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f},"
-        f" {result['bits_per_byte']:.4f} bits a byte; {result['params']:,} parameters,"
-        f" {result['tokens']:,} tokens, {result['flops']:.3e} FLOPs in {result['wall_seconds']:.0f} s"
+        f"{result['status']}: loss {result['loss']:.4f} nats a token,"
+        f" perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits a byte;"
+        f" {result['params']:,} parameters, {result['tokens']:,} tokens,"
+        f" {result['flops']:.3e} FLOPs in {result['wall_seconds']:.0f} s"
         if result["loss"] is not None
         else f"{result['status']} after {result['tokens']:,} tokens"
     )

@@ -1,4 +1,4 @@
-"""The machine a run meets: compiled programs kept between processes, and its measured matmul peak."""
+"""The machine a run meets: compiled programs kept between processes, the measured matmul peak."""
 
 import os
 import time
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def keep_compiled(directory: str | os.PathLike | None = None) -> None:
-    """Keeps compiled programs on disk, in ``directory``, else JAX_COMPILATION_CACHE_DIR, else the user's cache."""
+    """Keeps compiled programs on disk: in ``directory``, JAX_COMPILATION_CACHE_DIR or ~/.cache/lm."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lm" / "compiled"
     directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
     jax.config.update("jax_compilation_cache_dir", str(directory))

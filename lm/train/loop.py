@@ -1,4 +1,4 @@
-"""One run, from config to ``result.json``. The same call again resumes it, or returns its result."""
+"""One run, from config to ``result.json``; the same call again resumes it or returns its result."""
 
 import contextlib
 import json
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lm import arithmetic, data
@@ -155,7 +154,7 @@ class _Run:
         self._compiled = self.program.compile_seconds
 
     def _read_clock(self) -> None:
-        """Adds the time since the last reading, so that a resumed run's times are all its pieces'."""
+        """Adds the time since the last reading, so that a resumed run's times sum its pieces."""
         now, compiled = time.perf_counter(), self.program.compile_seconds
         self.seconds["wall"] += now - self._started
         self.seconds["compile"] += compiled - self._compiled
@@ -215,7 +214,7 @@ class _Run:
         return self.last_score
 
     def _write_log(self, step: int, losses, metrics, seconds_per_step, validation) -> None:
-        """Lines for the log steps among ``step + 1 .. step + len(losses)``; losses are means since the last line."""
+        """The log's lines among the steps after ``step``; their losses are means since the last."""
         recipe, every = self.recipe, self.config.train.log_every
         last = step + len(losses)
         for i, loss in enumerate(losses):

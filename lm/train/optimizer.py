@@ -7,7 +7,7 @@ from lm.config import OptimizerConfig
 
 
 def is_matrix(path: tuple) -> bool:
-    """Whether a parameter is a matrix of the blocks or the head: what decays, and what `width` scales."""
+    """Whether it is a matrix of the blocks or the head: what decays, and what `width` scales."""
     return path[-1].key == "kernel"
 
 
@@ -18,7 +18,10 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def apply_updates(params, direction, rate, matrix_scale, weight_decay: float):
-    """``p - rate * scale * (direction + weight_decay * p)``; decay on matrices alone (Loshchilov & Hutter 2019)."""
+    """``p - rate * scale * (direction + weight_decay * p)``, decoupled (Loshchilov & Hutter 2019).
+
+    Scale and decay are the matrices' alone.
+    """
 
     def update(path, p, u):
         if not is_matrix(path):

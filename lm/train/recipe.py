@@ -1,4 +1,4 @@
-"""What a run will do, from its config alone: batch, steps, rates, lengths. Plain arithmetic, no jax."""
+"""What a run will do, from its config alone: batch, steps, rates, lengths. No jax."""
 
 from dataclasses import dataclass
 
@@ -48,7 +48,8 @@ def resolve(config: Config) -> Recipe:
     )
     if sequences % train.accumulation:
         raise BadInput(
-            f"train.accumulation = {train.accumulation}: must divide the batch of {sequences} sequences"
+            f"train.accumulation = {train.accumulation}:"
+            f" must divide the batch of {sequences} sequences"
         )
     batch_tokens = sequences * seq_len
     n_steps = max(1, round(tokens / batch_tokens))

@@ -1,4 +1,4 @@
-"""The compiled step: several optimizer steps a dispatch, on any mesh of ``data`` and ``model`` axes."""
+"""The compiled step: several optimizer steps a dispatch, on any mesh of ``data`` and ``model``."""
 
 import time
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class Program:
         )
 
     def _compile(self, function: Callable, **options) -> Callable:
-        """``jax.jit`` under the mesh and the axes' table, compiled ahead so that its time is known."""
+        """``jax.jit`` under the mesh and the axes' table, compiled ahead to know its time."""
         # A fresh jit per program: logical rules are no part of jit's cache key.
         jitted, executables = jax.jit(function, **options), {}
 
@@ -120,7 +120,7 @@ class Program:
         return cross_entropy(logits_BTV, batch.targets_BT, batch.weights_BT)
 
     def _mean_gradient(self, params, batch: Batch) -> tuple[jax.Array, Any]:
-        """Loss in nats a token and its gradient: sums over micro-batches, divided once by the count."""
+        """Nats a token and their gradient: summed over micro-batches, divided once by the count."""
         n = self.config.train.accumulation
         count = (
             jnp.float32(batch.targets_BT.size)

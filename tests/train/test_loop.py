@@ -59,7 +59,7 @@ def test_a_run_ends_with_its_result_and_log(config, programs, tmp_path):
     assert result["flops"] == arithmetic.training_flops(config.model, 64, result["tokens"])
     assert 0 < result["loss"] < math.log(257)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
-    # Bytes: every token but end-of-text is one byte, so bits per byte is a little above loss / ln 2.
+    # Every token but end-of-text is one byte: bits per byte are a little above loss / ln 2.
     assert 1.0 <= result["bits_per_byte"] * math.log(2) / result["loss"] < 1.01
 
     log = read_metrics(tmp_path)

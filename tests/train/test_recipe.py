@@ -69,6 +69,9 @@ def test_planning_needs_no_jax():
     import subprocess
     import sys
 
-    code = "import sys; from lm.train.recipe import resolve; from lm.config import Config; resolve(Config()); assert 'jax' not in sys.modules"
+    code = (
+        "import sys; from lm.config import Config; from lm.train.recipe import resolve;"
+        "resolve(Config()); assert 'jax' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert math.isfinite(resolve(Config()).flops)
