@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def keep_compiled(directory: str | os.PathLike | None = None) -> None:
-    """Keeps compiled programs on disk: in ``directory``, JAX_COMPILATION_CACHE_DIR or ~/.cache/lm."""
+    """Keeps compiled programs in ``directory``, JAX_COMPILATION_CACHE_DIR or ~/.cache/lm."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lm" / "compiled"
     directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
     jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -20,7 +20,7 @@ class Schedule(NamedTuple):
 
 
 def learning_rate(schedule: Schedule, step: Scalar, kind: str) -> Scalar:
-    """The rate of step ``step`` (from 0) under ``cosine``, ``wsd`` (linear decay) or ``constant``."""
+    """The rate of step ``step``, from 0: ``cosine``, ``wsd`` (linear decay) or ``constant``."""
     import jax.numpy as jnp  # here, so that planning a run needs no jax
 
     warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(schedule.warmup, 1.0))
