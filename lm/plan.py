@@ -25,7 +25,7 @@ from lm.scaling.data_limited import MUENNIGHOFF2023
 from lm.scaling.inference import lifetime_optimum
 from lm.scaling.intervals import percentile_interval
 from lm.scaling.parametric import ParametricLaw
-from lm.scaling.published import NamedLaw, hoffmann_tables, named_law
+from lm.scaling.published import NamedLaw, hoffmann_tables, models_table, named_law
 from lm.scaling.sweep_design import plan_sweep
 
 # Dense bfloat16 FLOP/s of one chip, from the makers' data sheets.
@@ -49,7 +49,7 @@ for name, choices in (("learning_rate_rule", _RATE_RULES), ("batch_rule", _BATCH
     flags.DEFINE_string(name, "step_law", " | ".join(choices), flag_values=FLAGS)
 for name, meaning in (
     ("json", "print JSON"),
-    ("tables", "print Hoffmann's Tables 3 and A3 recomputed beside the print"),
+    ("tables", "print Hoffmann's Tables 3 and A3 recomputed, and models' tokens per parameter"),
     ("sweep", "plan an isoFLOP sweep whose top budget is at most --flops"),
 ):
     flags.DEFINE_boolean(name, False, meaning, flag_values=FLAGS)
@@ -78,24 +78,16 @@ for name, (default, meaning) in _POSITIVE.items():
 def main() -> int:
     _check_numbers()
     if FLAGS.tables:
-        print(hoffmann_tables())
+        print(hoffmann_tables(), models_table(), sep="\n\n")
         return command.DONE
     if FLAGS.law is None:
         raise BadInput("--law is missing: a published law's name or a law.json, see --help")
     if FLAGS.sweep:
         return _sweep()
     flops, chips = budget()
-    result = plan(
-        named_law(FLAGS.law),
-        flops,
-        inference_tokens=FLAGS.inference_tokens,
-        unique_tokens=FLAGS.unique_tokens,
-        vocab_size=FLAGS.vocab_size,
-        seq_len=FLAGS.seq_len,
-        aspect_ratio=FLAGS.aspect_ratio,
-        learning_rate_rule=FLAGS.learning_rate_rule,
-        batch_rule=FLAGS.batch_rule,
-    )
+    settings = ("inference_tokens", "unique_tokens", "vocab_size", "seq_len", "aspect_ratio")
+    settings += ("learning_rate_rule", "batch_rule")
+    result = plan(named_law(FLAGS.law), flops, **{name: FLAGS[name].value for name in settings})
     result["training"] = _training(result["flops"], chips)
     print(json.dumps(result, indent=2) if FLAGS.json else describe(result))
     return command.DONE
@@ -326,6 +318,8 @@ def _batch_and_rate(
 
 def _warnings(named: NamedLaw, flops: float, params: float, sizes: dict) -> list[str]:
     warnings = []
+    if named.flags:
+        warnings.append(f"the fit of {named.name} was flagged: {', '.join(named.flags)}")
     if named.flops_range is not None:
         low, high = named.flops_range
         if flops > FAR_OUTSIDE * high:
@@ -358,25 +352,29 @@ def _warnings(named: NamedLaw, flops: float, params: float, sizes: dict) -> list
 def describe(result: dict) -> str:
     """The plan as text, one fact a line."""
     reasons, training, config = result["reasons"], result["training"], result["config"]
-    model, rules = config["model"], result["rules"]
-    loss, interval = result["loss"], result["loss_interval80"]
+    model, optimizer, rules = config["model"], config["optimizer"], result["rules"]
+    loss = result["loss"]
+
+    def interval(name: str, digits: str) -> str:
+        low, high = result[name]
+        return f"80 %: {low:{digits}} to {high:{digits}}"
+
     rows = [
         ("law", f"{result['law']} ({result['source']})"),
         ("training FLOPs", f"{result['flops']:.4g}"),
         ("parameters", f"{result['params']:.4g} ({result['params_counted']})"),
         ("tokens", f"{result['tokens']:.4g}"),
         ("tokens per parameter", f"{result['tokens_per_parameter']:.4g}"),
-        (
-            "expected loss",
-            f"{loss:.4f} nats per token" if loss else f"not given: {reasons['loss']}",
-        ),
-        (
-            "  80 % interval",
-            "{:.4f} to {:.4f}".format(*interval)
-            if interval
-            else f"not given: {reasons['loss_interval80']}",
-        ),
     ]
+    if "params_interval80" in result:
+        rows.insert(3, ("", interval("params_interval80", ".4g")))
+        rows.insert(5, ("", interval("tokens_interval80", ".4g")))
+    rows += [
+        ("expected loss", f"{loss:.4f} nats per token" if loss
+         else f"not given: {reasons['loss']}"),
+        ("", interval("loss_interval80", ".4f") if result["loss_interval80"]
+         else f"80 %: not given: {reasons['loss_interval80']}"),
+    ]  # fmt: skip
     if "epochs" in result:
         rows.append(("epochs", f"{result['epochs']:.3g} of {result['unique_tokens']:.4g} tokens"))
     if "lifetime_flops" in result:
@@ -394,10 +392,7 @@ def describe(result: dict) -> str:
         ("  has", ", ".join(f"{n:,} {name}" for name, n in result["config_params"].items())),
         ("batch", f"{config['train']['batch_tokens']:,.0f} tokens ({rules['batch']})"),
         ("steps", f"{result['steps']:,}"),
-        (
-            "learning rate",
-            f"{config['optimizer']['learning_rate']:.3g} ({rules['learning_rate']})",
-        ),
+        ("learning rate", f"{optimizer['learning_rate']:.3g} ({rules['learning_rate']})"),
         ("chip-days", f"{training['chip_days']:.4g} ({training['chip']}, MFU {training['mfu']:g})"),
     ]
     if training["days"]:
@@ -423,20 +418,14 @@ def _sweep() -> int:
         )
     best, tried = plan_sweep(named.law, lowest, FLAGS.flops, FLAGS.half_width, noise=FLAGS.noise)
     shown = best or min(tried, key=lambda design: design.half_width)
-    result = {
-        "schema": 1,
-        "law": named.name,
-        "reached": best is not None,
-        "wanted_half_width": FLAGS.half_width,
-        "half_width": shown.half_width,
-        "bias": shown.bias,
-        "refused": shown.refused,
+    finite = math.isfinite(shown.half_width)  # not so where most simulated sweeps are refused
+    result = {"schema": 1, "law": named.name, "reached": best is not None, "runs": shown.runs}
+    result |= {"wanted_half_width": FLAGS.half_width, "designs_tried": len(tried)}
+    result |= shown._asdict() | {
+        "half_width": shown.half_width if finite else None,
+        "bias": shown.bias if finite else None,
         "budgets": shown.budgets.tolist(),
-        "sizes": shown.sizes,
-        "runs": shown.runs,
-        "total_flops": shown.total_flops,
         "params": [[float(n / 6), float(n * 6)] for n in named.law.optimum(shown.budgets).params],
-        "designs_tried": len(tried),
     }
     if FLAGS.json:
         print(json.dumps(result, indent=2))

@@ -33,7 +33,7 @@ def law_json(tmp_path):
     draws = centre * np.exp(rng.normal(0, 0.002, (1000, 5)))
     path = tmp_path / "law.json"
     constants = dict(zip(("E", "A", "B", "alpha", "beta"), centre, strict=True))
-    isoflop = {"a": 0.5, "b": 0.5, "k_N": 0.1, "k_D": 1.6}
+    isoflop = {"a": 0.5, "b": 0.5, "k_N": 0.1, "k_D": 1.6, "flags": ["a", "b"]}
     approaches = {"parametric": constants | {"draws": draws.tolist()}, "isoflop": isoflop}
     path.write_text(json.dumps({"approaches": approaches, "flops_range": [1e18, 1e21]}))
     return path, draws
@@ -125,9 +125,11 @@ def test_the_decoder_is_counted_as_the_laws_table_counted(capsys, law_json, coun
     assert any("count FLOPs as 'exact'" in text for text in result["warnings"])
 
 
-def test_extrapolation_is_said(capsys, law_json):
+def test_extrapolation_and_the_fits_doubts_are_said(capsys, law_json):
     path, _ = law_json
     assert planned(capsys, f"--law={path}", "--flops=1e21")["warnings"] == []
+    (doubt,) = planned(capsys, f"--law={path}:isoflop", "--flops=1e21")["warnings"]
+    assert doubt.endswith("flagged: a, b")
     (far,) = planned(capsys, f"--law={path}", "--flops=1e24")["warnings"]
     assert "1e+03 times the largest budget (1e+21)" in far
     (near,) = planned(capsys, f"--law={path}", "--flops=1e16", "--vocab_size=256")["warnings"]
@@ -187,6 +189,19 @@ def test_tables_are_printed_with_their_misprints(capsys):
     code, out, _ = command(capsys, "--tables")
     assert code == 0 and out.count("MISPRINT") == 4
     assert "Table 3" in out and "Table A3" in out
+
+
+def test_a_sweep_is_planned_from_a_prior_law(capsys):
+    flags = ("--sweep", "--law=besiroglu2024", "--flops=1e18", "--lowest_flops=1e17")
+    result = planned(capsys, *flags, "--half_width=0.2")
+    assert result["reached"] and 0 < result["half_width"] <= 0.2
+    assert result["runs"] == len(result["budgets"]) * result["sizes"]
+    assert (result["budgets"][0], result["budgets"][-1]) == pytest.approx((1e17, 1e18))
+    for flops, (low, high) in zip(result["budgets"], result["params"], strict=True):
+        best = float(BESIROGLU2024.optimum(flops).params)
+        assert (low, high) == pytest.approx((best / 6, best * 6))
+    code, out, _ = command(capsys, *flags, "--half_width=0.2")
+    assert code == 0 and "cheapest sweep" in out and out.count("parameters") == 4
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,18 @@ HOFFMANN_TABLES = {
 }
 
 
+# Parameters and training tokens, from each model's report.
+MODELS = {
+    "GPT-3": (175e9, 300e9),
+    "Gopher": (280e9, 300e9),
+    "Chinchilla": (70e9, 1.4e12),
+    "LLaMA 65B": (65e9, 1.4e12),
+    "Llama 2 70B": (70e9, 2e12),
+    "Llama 3 70B": (70e9, 15e12),
+    "Llama 3 8B": (8e9, 15e12),
+}
+
+
 def _line_through(approach: str, source: str) -> PowerLawAllocation:
     """N = k_N C^a through a printed table, which has more digits than the printed exponent.
 
@@ -83,7 +95,8 @@ class NamedLaw:
     law: has `optimum(flops)`; a `ParametricLaw` also has losses anywhere. flops_range: of the runs
     it was fitted to, None where there were none. params_counted, flops_counted: the conventions
     of its N ("total" where a table does not say) and C. no_loss, no_interval: why the source cannot
-    give them ("" where it can). draws: (n, 5) joint draws E, A, B, alpha, beta.
+    give them ("" where it can). draws: (n, 5) joint draws E, A, B, alpha, beta. flags: the named
+    doubts of the fit.
     """
 
     name: str
@@ -94,6 +107,7 @@ class NamedLaw:
     no_loss: str = ""
     no_interval: str = "the source publishes no joint draws of its constants"
     draws: np.ndarray | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -191,9 +205,11 @@ def read_law(path: Path, approach: str = "") -> NamedLaw:
         raise BadInput(f"{path}: has no approach {approach!r}, only {', '.join(approaches)}")
     entry = approaches[approach]
     name = f"{path.name}:{approach}"
+    if not isinstance(entry, dict):
+        raise BadInput(f"{path}: approaches.{approach} must be an object, not {entry!r}")
 
     def number(key: str) -> float:
-        value = entry.get(key) if isinstance(entry, dict) else None
+        value = entry.get(key)
         if not isinstance(value, (int, float)) or not np.isfinite(value):
             raise BadInput(f"{path}: approaches.{approach}.{key} must be a number, not {value!r}")
         return float(value)
@@ -208,11 +224,13 @@ def read_law(path: Path, approach: str = "") -> NamedLaw:
         "flops_range": flops_range if flops_range is None else tuple(flops_range.tolist()),
         "params_counted": counted if counted in PARAMS_CONVENTIONS else "total",
         "flops_counted": str(accounting.get("flops", "6nd")),
+        "flags": tuple(map(str, entry.get("flags") or ())),
     }
+    source = f"fitted, {path}"
     if approach != "parametric":
-        law = PowerLawAllocation(number("k_N"), number("a"), number("k_D"), number("b"), name)
+        law = PowerLawAllocation(number("k_N"), number("a"), number("k_D"), number("b"), source)
         return NamedLaw(name, law, no_loss=f"{approach} fits an allocation, not a loss", **shared)
-    law = ParametricLaw(*(number(key) for key in ("E", "A", "B", "alpha", "beta")), name)
+    law = ParametricLaw(*(number(key) for key in ("E", "A", "B", "alpha", "beta")), source)
     if not entry.get("draws"):
         return NamedLaw(name, law, no_interval="the law.json holds no bootstrap draws", **shared)
     wanted = f"{path}: approaches.parametric.draws must be rows of [E, A, B, alpha, beta]"
@@ -259,3 +277,15 @@ def hoffmann_tables() -> str:
             lines.append(text)
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def models_table() -> str:
+    """Known models' tokens per parameter, beside 20, and the loss Equation 10 expects of them."""
+    lines = ["Models                FLOPs  tokens per parameter  over 20  Equation 10's loss"]
+    law = named_law("hoffmann2022:parametric").law
+    for name, (params, tokens) in MODELS.items():
+        lines.append(
+            f"  {name:<16}{6 * params * tokens:9.3g} {tokens / params:21.4g}"
+            f" {tokens / params / 20:8.3g} {law.loss(params, tokens):19.3f}"
+        )
+    return "\n".join(lines)

@@ -8,7 +8,9 @@ from lm.scaling.law import PowerLawAllocation
 from lm.scaling.published import (
     APPROACHES,
     HOFFMANN_TABLES,
+    MODELS,
     hoffmann_tables,
+    models_table,
     named_law,
 )
 
@@ -87,6 +89,18 @@ def test_tokens_per_parameter_at_chinchillas_compute():
         assert best.tokens / best.params == pytest.approx(ratio, abs=0.05)
 
 
+def test_models_tokens_per_parameter_are_the_lectures():
+    expected = {
+        "GPT-3": 1.7, "Gopher": 1.1, "Chinchilla": 20, "LLaMA 65B": 21.5, "Llama 2 70B": 29,
+        "Llama 3 70B": 214, "Llama 3 8B": 1875,
+    }  # fmt: skip
+    for name, (params, tokens) in MODELS.items():
+        assert tokens / params == pytest.approx(expected[name], rel=0.03)
+    printed = models_table().splitlines()
+    assert len(printed) == 1 + len(expected)
+    assert printed[-1].split()[4:6] == ["1875", "93.8"]  # 94 times the optimum
+
+
 def test_llama3_is_its_printed_formula_not_its_quoted_optimum():
     best = named_law("llama3").law.optimum(3.8e25)
     assert best.tokens == pytest.approx(0.299 * 3.8e25**0.537)
@@ -124,6 +138,8 @@ def test_a_fitted_law_is_read_with_its_draws_range_and_accounting(law_json):
     assert isinstance(isoflop.law, PowerLawAllocation)
     assert isoflop.law.optimum(1e18).tokens == pytest.approx(1.7e9)
     assert "not a loss" in isoflop.no_loss
+    flagged = changed("approaches.isoflop.flags", ["profiles_excluded"])
+    assert named_law(law_json(flagged) + ":isoflop").flags == ("profiles_excluded",)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +153,7 @@ def test_a_fitted_law_is_read_with_its_draws_range_and_accounting(law_json):
         (changed("approaches.parametric.A", float("nan")), r"parametric\.A must be a number"),
         (changed("approaches.parametric.draws", [[1, 2]]), "rows of"),
         (changed("approaches.parametric.draws", [[1, 2, 3, 4, 5], [1]]), "rows of"),
-        (changed("approaches.parametric", [1]), r"parametric\.E must be a number"),
+        (changed("approaches.parametric", [1]), "parametric must be an object"),
         (changed("flops_range", [1e20]), "flops_range"),
         (changed("flops_range", ["a", "b"]), "flops_range"),
     ],
