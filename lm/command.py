@@ -37,14 +37,13 @@ def run(
     logging.set_verbosity(logging.WARNING)
     logging.use_absl_handler()
     # absl's log lines on a terminal would tear the progress bar; warnings and errors stay.
-    flag_values.unparse_flags()
+    flag_values.unparse_flags()  # forget an earlier call in this process
     if any(arg in ("--help", "-h", "-help") for arg in argv[1:]):
         print((doc or "").strip())
         print("\nFlags:")
         print(flag_values.get_help(include_special_flags=False).strip("\n"))
         return DONE
     try:
-        _reset(flag_values)
         if OVERRIDES in flag_values:
             argv = [re.sub(r"^--?config\.", f"--{OVERRIDES}=", arg) for arg in argv]
         extra = flag_values(argv)[1:]
@@ -65,13 +64,6 @@ def run(
             raise
         print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
         return FAILED
-
-
-def _reset(flag_values: flags.FlagValues) -> None:
-    """Forgets an earlier parse in the same process, so that calls don't leak into each other."""
-    for name in flag_values:
-        if flag_values[name].present:
-            flag_values[name].unparse()
 
 
 def _refuse(message: str) -> int:
