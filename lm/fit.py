@@ -201,7 +201,7 @@ def fit(
     if "parametric" in fits:
         # Refits are many: they start where the fit ended and from a fiftieth of the grid.
         law = fits["parametric"].law
-        end = [np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta]
+        end = [np.log(law.A), np.log(law.B), np.log(max(law.E, 1e-9)), law.alpha, law.beta]
         starts = np.vstack([end, HOFFMANN_STARTS[::50]])
         refits["parametric"] = lambda table: parametric(table, starts=starts)
     refits = {name: refit for name, refit in refits.items() if name in fits}

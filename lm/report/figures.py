@@ -85,6 +85,9 @@ def isoflop(fit: IsoflopFit) -> Figure:
     shown = [p for p in fit.profiles if not p.reason or p.coefficients.size]
     labelled = shown[:: max(1, -(-len(shown) // MOST_LABELS))]
     colours = matplotlib.cm.ScalarMappable(_log_norm([p.flops for p in fit.profiles]), _COLOUR_MAP)
+    losses = np.concatenate([p.loss[p.used] for p in fit.profiles])
+    # A few runs far off, or outside the window, must not flatten all curves.
+    top = 1.01 * min(losses.max(), np.quantile(losses, 0.9) + np.ptp(losses) * 0.25)
     for profile in fit.profiles:
         used, refused, colour = profile.used, bool(profile.reason), colours.to_rgba(profile.flops)
         axes.plot(
@@ -106,7 +109,7 @@ def isoflop(fit: IsoflopFit) -> Figure:
             height = float(profile.curve(np.array([profile.akima]))[0])
             axes.plot(profile.akima, height, "|", ms=13, mew=1.2, color=colour)
         if any(profile is p for p in labelled):
-            right = np.argmax(profile.params)
+            right = np.flatnonzero(used & (profile.loss < top))[-1]
             axes.annotate(
                 power(profile.flops) + (" (not used)" if refused else ""),
                 (profile.params[right], profile.loss[right]),
@@ -116,9 +119,7 @@ def isoflop(fit: IsoflopFit) -> Figure:
                 color=colour,
                 fontsize=8.5,
             )
-    losses = np.concatenate([p.loss for p in fit.profiles])
-    # A few runs far off must not flatten all curves.
-    axes.set_ylim(None, min(losses.max(), np.quantile(losses, 0.9) + np.ptp(losses) * 0.25) * 1.01)
+    axes.set_ylim(None, top)
     for marker, label in (
         ("o", "run"),
         ("D", "minimum of the fitted curve"),
@@ -211,14 +212,15 @@ def envelope(fit: EnvelopeFit, curves: CurveTable) -> Figure:
     flops, final = np.array(ends).T
     low, high = min(losses), max(*final, *(o.loss for o in fit.optima))
     axes.set_ylim(low - 0.04 * (high - low), high + 0.45 * (high - low))
-    axes.set_xlim(flops.min() / 30, flops.max() * 1.3)
+    below = np.fmin(curves.train_loss, curves.validation_loss) < axes.get_ylim()[1]
+    axes.set_xlim(curves.flops[below].min() / 1.5, flops.max() * 1.3)
     _log_axis(axes.xaxis, power)
     bar = figure.colorbar(shade, ax=axes, pad=0.01, aspect=34)
     _log_axis(bar.ax.yaxis, count)
     bar.set_label("parameters N")
     bar.outline.set_visible(False)
     axes.set(xlabel="training FLOPs C", ylabel="loss, nats a token")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", markerscale=3)
     return figure
 
 
@@ -234,10 +236,10 @@ def parametric(fit: ParametricFit, runs: RunTable) -> Figure:
     contours = left.contour(tokens, params, surface, levels, colors="#b3bac6", linewidths=0.8)
     left.clabel(contours, fmt="%.2f", fontsize=7, colors=GREY)
     left.scatter(runs.tokens, runs.params, s=17, c=colours, linewidths=0)
-    best = fit.law.optimum(np.geomspace(runs.flops.min() / 3, runs.flops.max() * 3, 50))
+    flops = np.array([runs.flops.min() / 3, runs.flops.max() * 3])
     left.plot(
-        best.tokens,
-        best.params,
+        fit.optimal_tokens(flops),
+        fit.optimal_params(flops),
         color=COLOURS["parametric"],
         lw=1.6,
         label=f"compute-optimal: N ~ D^{fit.a / fit.b:.2f}",

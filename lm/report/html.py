@@ -16,11 +16,8 @@ def figure(svg: str, caption: str) -> str:
 
 
 def table(head, rows, kind: str = "") -> str:
-    """`head` and `rows` are HTML already."""
-    headings = "".join(
-        f'<th class="plot">{text}</th>' if text.startswith("<svg") else f"<th>{text}</th>"
-        for text in head
-    )
+    """`head` and `rows` are HTML already; a heading may bring its own <th>."""
+    headings = "".join(text if text.startswith("<th") else f"<th>{text}</th>" for text in head)
     return (
         f'<table class="{kind}"><thead><tr>{headings}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
@@ -36,18 +33,18 @@ def cell(text, kind: str = "") -> str:
     return f'<td class="{kind}">{escape(str(text))}</td>'
 
 
-def said(value) -> str:
+def said(value, between: str = "<br>") -> str:
     """A value of the checklist as a reader would write it; escaped."""
     if isinstance(value, dict):
-        items = [f"{escape(str(k).replace('_', ' '))}: {said(v)}" for k, v in value.items()]
-        return "<br>".join(items) or MISSING
+        items = [f"{escape(str(k).replace('_', ' '))}: {said(v, ', ')}" for k, v in value.items()]
+        return between.join(items) or MISSING
     if isinstance(value, list | tuple):
         numeric = len(value) == 2 and all(isinstance(x, int | float) for x in value)
         return " to ".join(map(said, value)) if numeric else "; ".join(map(said, value)) or "none"
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return MISSING if value is None else escape(str(value))
     number = float(value)
-    if abs(number) >= 1e16:
+    if abs(number) >= 1e9:
         return power(number, 3)
     return f"{number:,.0f}" if number == int(number) else f"{number:.4g}"
 
@@ -73,13 +70,14 @@ def interval_plot(low, high, fit, colour) -> str:
 
 
 def interval_axis(low, high) -> str:
-    """The labels of that plot's axis, every tenth but the ends."""
+    """The heading over that plot: its axis, every tenth but the ends."""
     labels = "".join(
         f'<text x="{PLOT_WIDTH * (tick - low) / (high - low):.1f}" y="13" text-anchor="middle"'
         f' font-size="12.5" fill="{GREY}">{tick:.1f}</text>'
         for tick in _tenths(low, high)[1:-1]
     )
-    return f'<svg width="{PLOT_WIDTH}" height="16" aria-hidden="true">{labels}</svg>'
+    svg = f'<svg width="{PLOT_WIDTH}" height="16" aria-hidden="true">{labels}</svg>'
+    return f'<th class="plot">{svg}</th>'
 
 
 def _tenths(low, high) -> np.ndarray:

@@ -42,8 +42,8 @@ FLAG_TEXTS = {
     "few_points": "fewer than three runs a constant: the interval says little",
     "nearly_collinear_design": "tokens nearly follow parameters, so that the two terms are hard to"
     " tell apart; vary tokens per parameter",
-    "flops_are_not_6nd": "the FLOPs of the table are not 6 N D; the optimum of this approach is"
-    " under C = 6 N D all the same, so that its k_N and k_D mean another C than the others’",
+    "flops_are_not_6nd": "the FLOPs of the table are not 6 N D, and a, b and the optima are under"
+    " the FLOPs of the table; β / (α + β) of the constants alone would be the exponent under 6 N D",
     "not_converged": "the best start did not reach a gradient norm of 1e-6",
     "refused_draws": "more than 5 % of the bootstrap draws gave no fit and are not in the interval",
     "E_at_zero": "the irreducible loss was driven to zero: the range of losses does not show it",
@@ -176,7 +176,7 @@ def _doubts(study: Study) -> str:
     for name, fit in study.fits.items():
         for flag in fit.flags:
             text = FLAG_TEXTS.get(flag, "")
-            doubts.append((f"{APPROACHES[name]}: {flag.replace('_', ' ')}", text))
+            doubts.append((f"{APPROACHES[name]}, {flag.replace('_', ' ')}", text))
     if isinstance(fit := study.fits.get("isoflop"), IsoflopFit):
         for reason, flops in _unused_budgets(fit).items():
             named = ", ".join(map(power, flops[:6])) + (", ..." if len(flops) > 6 else "")
@@ -188,12 +188,12 @@ def _doubts(study: Study) -> str:
         runs = f"{len(excluded)} run{'s' * (len(excluded) > 1)} left out"
         doubts.append((runs, "; ".join(excluded[:3]) + more))
     items = "".join(
-        f"<li><b>{escape(what)}</b>{'. ' + escape(why) if why else ''}</li>" for what, why in doubts
+        f"<li><b>{escape(what)}</b>{': ' + escape(why) if why else ''}</li>" for what, why in doubts
     )
     decades = np.log10(study.runs.flops.max() / study.runs.flops.min())
     items += (
-        f'<li class="fact"><b>Range</b>. The runs span {decades:.1f} decades of compute; outside of'
-        " them every line is an extrapolation.</li>"
+        f'<li class="fact"><b>Range</b>: the runs span {decades:.1f} decades of compute; outside of'
+        " them every line is an extrapolation</li>"
     )
     return f'<h2>Before using these numbers</h2>\n<ul class="flags">{items}</ul>'
 
@@ -253,8 +253,8 @@ def _isoflop(study: Study, figures: dict[str, str]) -> str:
             figures["isoflop"],
             "The final loss of every run against its parameters, one colour a budget, with the"
             f" fitted {fit.estimator} (in log N) and its minimum. The upright tick is the minimum"
-            " of an Akima interpolation through the same points: where the two part, the form of the"
-            " curve decides.",
+            " of an Akima interpolation through the same points: where the two part, the form of"
+            " the curve decides.",
         )
         + html.table(head, rows)
         + _goodness(fit)
@@ -307,8 +307,8 @@ def _parametric(study: Study, figures: dict[str, str]) -> str:
         "<h2>Approach 3: L(N, D) = E + A / N<sup>α</sup> + B / D<sup>β</sup></h2>"
         + html.figure(
             figures["parametric"],
-            "Left: contours of the fitted loss, the runs, and the points of lowest loss under"
-            " C = 6 N D. Right: what the fit leaves of each run; a trend across tokens a parameter"
+            "Left: contours of the fitted loss, the runs, and the compute-optimal line."
+            " Right: what the fit leaves of each run; a trend across tokens a parameter"
             " would mean that the form is wrong there. Colour: the FLOPs of the run.",
         )
         + html.table(("constant", "fitted", "80 %", "95 %"), rows)
@@ -334,9 +334,10 @@ def _accounting(study: Study) -> str:
             cells.append(cell(decimal(found["a"])))
             cells.append(cell(interval(found["a_interval80"]), "light"))
         rows.append(html.row(cells))
+    head = ("N counts", '<th class="text">C counts</th>', "a", "80 %")
     return (
         f"{heading}<p>The same runs and losses, by {APPROACHES[study.exponents_by]}; only what is"
-        " counted as N and C differs.</p>" + html.table(("N counts", "C counts", "a", "80 %"), rows)
+        " counted as N and C differs.</p>" + html.table(head, rows)
     )
 
 
