@@ -37,6 +37,7 @@ PEAK_FLOPS = {
     "a100": 312e12,
     "h100": 989e12,
 }
+LARGEST = 1e35  # of any number given: far beyond use, and its powers stay finite
 FAR_OUTSIDE = 10.0  # times the largest budget of a law's runs, or below the smallest by as much
 
 FLAGS = flags.FlagValues()
@@ -96,8 +97,8 @@ def main() -> int:
 def _check_numbers() -> None:
     for name in (*_POSITIVE, "vocab_size", "seq_len"):
         value = FLAGS[name].value
-        if value is not None and not 0 < value < math.inf:
-            raise BadInput(f"--{name}={value:g}: must be a finite number above 0")
+        if value is not None and not 0 < value <= LARGEST:
+            raise BadInput(f"--{name}={value:g}: must be above 0 and at most {LARGEST:g}")
     if FLAGS.mfu > 1:
         raise BadInput(f"--mfu={FLAGS.mfu:g}: is a share of the peak, above 0 and at most 1")
     one_of("--chip", FLAGS.chip, list(PEAK_FLOPS))

@@ -209,8 +209,10 @@ def test_a_sweep_is_planned_from_a_prior_law(capsys):
     [
         ("--flops=1e21", "--law is missing"),
         ("--law=besiroglu2024", "no budget"),
-        ("--law=besiroglu2024 --flops=-1", "--flops=-1: must be a finite number above 0"),
+        ("--law=besiroglu2024 --flops=-1", "--flops=-1: must be above 0"),
         ("--law=besiroglu2024 --flops=inf", "--flops=inf"),
+        ("--law=besiroglu2024 --flops=nan", "--flops=nan"),
+        ("--law=besiroglu2024 --flops=1e60", "at most 1e+35"),
         ("--law=besiroglu2024 --flops=much", "--flops=much"),
         ("--law=besiroglu --flops=1e20", "did you mean 'besiroglu2024'"),
         ("--law=besiroglu2024 --flops=1e21 --chips=8", "two budgets, --flops and --chips"),

@@ -212,6 +212,8 @@ def read_law(path: Path, approach: str = "") -> NamedLaw:
         value = entry.get(key)
         if not isinstance(value, (int, float)) or not np.isfinite(value):
             raise BadInput(f"{path}: approaches.{approach}.{key} must be a number, not {value!r}")
+        if value <= 0 and key not in ("E", "a", "b"):
+            raise BadInput(f"{path}: approaches.{approach}.{key} = {value:g}: must be above 0")
         return float(value)
 
     flops_range = content.get("flops_range")

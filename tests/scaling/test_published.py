@@ -5,6 +5,7 @@ import pytest
 
 from lm.command import BadInput
 from lm.scaling.law import PowerLawAllocation
+from lm.scaling.parametric import ParametricLaw
 from lm.scaling.published import (
     APPROACHES,
     HOFFMANN_TABLES,
@@ -101,6 +102,11 @@ def test_models_tokens_per_parameter_are_the_lectures():
     assert printed[-1].split()[4:6] == ["1875", "93.8"]  # 94 times the optimum
 
 
+def test_the_rounded_constants_would_say_93():
+    rounded = ParametricLaw(1.69, 406.4, 410.7, 0.34, 0.28).optimum(5.88e23)
+    assert rounded.tokens / rounded.params == pytest.approx(92.8, abs=0.1)
+
+
 def test_llama3_is_its_printed_formula_not_its_quoted_optimum():
     best = named_law("llama3").law.optimum(3.8e25)
     assert best.tokens == pytest.approx(0.299 * 3.8e25**0.537)
@@ -151,6 +157,7 @@ def test_a_fitted_law_is_read_with_its_draws_range_and_accounting(law_json):
         (changed("approaches.parametric.alpha", None), r"approaches\.parametric\.alpha"),
         (changed("approaches.parametric.E", "1.7"), r"parametric\.E must be a number, not '1.7'"),
         (changed("approaches.parametric.A", float("nan")), r"parametric\.A must be a number"),
+        (changed("approaches.parametric.A", 0), r"parametric\.A = 0: must be above 0"),
         (changed("approaches.parametric.draws", [[1, 2]]), "rows of"),
         (changed("approaches.parametric.draws", [[1, 2, 3, 4, 5], [1]]), "rows of"),
         (changed("approaches.parametric", [1]), "parametric must be an object"),
