@@ -322,6 +322,8 @@ def test_bfloat16_computes_in_bfloat16_close_to_float32():
     )
     assert flat.dtype == np.float32
     assert np.linalg.norm(flat - exact) < 0.03 * np.linalg.norm(exact)
+    tied = dataclasses.replace(config, tied=True)
+    trace += equations(jax.make_jaxpr(apply, 0)(tied, weights(tied), INPUTS_BT).jaxpr)
     products = [equation for equation in trace if equation.primitive.name == "dot_general"]
     assert {str(x.aval.dtype) for product in products for x in product.invars} == {"bfloat16"}
     assert logits(config).dtype == np.float32
