@@ -1,5 +1,6 @@
 """Attention against a loop over rows, heads and positions in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,3 +78,24 @@ def test_bfloat16_keeps_the_softmax_in_float32(qkv):
     out = attend(zeros, zeros, ones, allowed(n))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=0.004)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 0.5])
+def test_the_written_gradient_is_the_plain_formulas(qkv, soft_cap):
+    mask_BTS = allowed(T, segments_BT=jnp.array([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]]))
+    seed_BTNH = np.random.default_rng(1).normal(size=(B, T, K * G, H)).astype(np.float32)
+
+    def plain(query_BTNH, key_BSKH, value_BSKH):
+        key_BSNH, value_BSNH = (jnp.repeat(x, G, 2) for x in (key_BSKH, value_BSKH))
+        score_BNTS = jnp.einsum("BTNH,BSNH->BNTS", query_BTNH, key_BSNH) / H**0.5
+        if soft_cap:
+            score_BNTS = soft_cap * jnp.tanh(score_BNTS / soft_cap)
+        weight_BNTS = jax.nn.softmax(score_BNTS, where=mask_BTS[:, None], axis=-1)
+        return jnp.einsum("BNTS,BSNH->BTNH", weight_BNTS, value_BSNH)
+
+    def gradient(function):
+        return jax.grad(lambda qkv: jnp.sum(seed_BTNH * function(*qkv)))(as_float32(qkv))
+
+    written = gradient(lambda *qkv: attend(*qkv, mask_BTS, soft_cap))
+    for given, expected in zip(written, gradient(plain), strict=True):
+        np.testing.assert_allclose(given, expected, atol=2e-6)
