@@ -31,6 +31,7 @@ def get_config(study="quick"):
     config = base.get_config()
     config.name = f"isoflop_cpu_{study}"
     config.data.seq_len = 128
+    config.data.validation_tokens = 204_800
 
     # muP's rule for the matrices, and a batch that grows with D, so that every run takes hundreds
     # of steps.

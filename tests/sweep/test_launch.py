@@ -1,13 +1,8 @@
 """Launching: everything once, only what is missing, whatever fails, dies or is interrupted."""
 
 import csv
-import dataclasses
-import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +10,7 @@ from rich.console import Console
 
 from lm.config import Config, SweepConfig, TrainConfig
 from lm.sweep import __main__ as command_line
-from lm.sweep import display, grid, launch
+from lm.sweep import grid, launch
 from lm.sweep.backends import Inline, Processes
 from lm.sweep.store import Store
 

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +71,12 @@ def test_curves_are_thinned_by_means_and_validation_stays(tmp_path):
     store = Store(tmp_path)
     steps = np.arange(1, 5001)
     metrics = [
-        {"step": int(s), "tokens": int(s) * 100, "flops": s * 1e4, "train_loss": 5 - math.log(s) / 3}
+        {
+            "step": int(s),
+            "tokens": int(s) * 100,
+            "flops": s * 1e4,
+            "train_loss": 5 - math.log(s) / 3,
+        }
         for s in steps
     ]
     metrics[-1]["validation_loss"] = 2.25

@@ -1,0 +1,233 @@
+"""The command: what it refuses, what it shows, and that nothing outlives it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lm import command
+from lm.config import Config, SweepConfig, TrainConfig, to_dict
+from lm.sweep import __main__ as sweep
+from lm.sweep import display, launch
+from lm.sweep.store import Store
+
+ROOT = Path(__file__).parents[2]
+FILE = """
+from lm.config import Config, to_config_dict
+
+def get_config():
+    config = to_config_dict(Config())
+    config.data.corpus = "text"
+    config.data.files = "{files}"
+    config.data.data_dir = "{data}"
+    config.data.seq_len = 64
+    config.data.validation_tokens = 1024
+    config.train.batch_tokens = 512.0
+    config.train.checkpoint_every = -1
+    config.train.tensorboard = False
+    config.sweep.budgets = (2e8, 4e8)
+    config.sweep.sizes = 2
+    config.sweep.widths = (8, 16, 24)
+    config.sweep.first_optimum = 10_000.0
+    config.sweep.spread = 2.0
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path, text_data):
+    path = tmp_path / "study.py"
+    path.write_text(FILE.format(files=text_data.files, data=text_data.data_dir))
+    return path
+
+
+def call(capsys, *arguments):
+    code = command.run(sweep.main, sweep.FLAGS, sweep.__doc__, ["lm.sweep", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "--workdir is missing"),
+        (["--workdir={w}"], "--config is missing"),
+        (["--workdir={w}", "--status"], "no study here"),
+        (["--workdir={w}", "--config={c}", "--backend=rey"], "--backend"),
+        (["--workdir={w}", "--config={c}", "--workers=1000"], "--workers=1000: must be at most"),
+        (["--workdir={w}", "--config={c}", "--config.sweep.sizes=9"], "only 3 shapes"),
+        (["--workdir={w}", "--config={c}", "--config.sweep.budgets=()"], "at least one budget"),
+        (["--workdir={w}", "--config={c}", "--config.data.files=nowhere/*.txt"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, told, config_file, tmp_path, capsys):
+    workdir = tmp_path / "out"
+    given = [a.format(w=workdir, c=config_file) for a in arguments]
+    code, out, err = call(capsys, *given)
+    assert code == 2 and told in err and err.count("\n") == 1 and out == ""
+    assert not workdir.exists()
+
+
+def test_a_changed_study_is_refused(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "run", lambda *_: 0)
+    workdir = tmp_path / "out"
+    assert call(capsys, f"--workdir={workdir}", f"--config={config_file}")[0] == 0
+    changed = "--config.optimizer.learning_rate=0.1"
+    code, _, err = call(capsys, f"--workdir={workdir}", f"--config={config_file}", changed)
+    assert code == 2 and "config.optimizer.learning_rate: 0.003 -> 0.1" in err
+
+
+def begun_study(workdir):
+    """A study of which one run is done, one failed and one is under way."""
+    sweep_config = SweepConfig(budgets=(1e9, 1e10), sizes=3, widths=(8, 16, 24, 32))
+    config = Config(sweep=sweep_config, train=TrainConfig(batch_tokens=1024.0))
+    store = Store(workdir)
+    store.claim(config)
+    study = launch.Study(config, store)
+    study.refresh()
+    done, failed, under_way = study.runs.values()
+    for run in (done, under_way):
+        store.folder(run.run_id).mkdir(parents=True)
+    written = json.dumps({"schema": 1, "config": to_dict(done.config)})
+    (store.folder(done.run_id) / "config.json").write_text(written)
+    result = {"status": "done", "loss": 2.345, "flops": 1e9, "tokens": 10, "params": done.params}
+    (store.folder(done.run_id) / "result.json").write_text(json.dumps(result))
+    store.set_failure(failed.run_id, "MemoryError: no room")
+    study.refresh()
+    return study, failed.run_id, under_way.run_id
+
+
+def test_status(tmp_path, capsys):
+    _, failed, _ = begun_study(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    code, out, _ = call(capsys, f"--workdir={tmp_path}", "--status")
+    assert code == 0
+    assert f"failed: {failed}: MemoryError: no room" in out
+    assert "3 % of 3.3e+10 FLOPs done" in out
+    line = next(line for line in out.splitlines() if "1e+09" in line)
+    assert [cell.strip() for cell in line.strip("│").split("│")][1:4] == ["1/3", "1", "1"]
+    assert "2.3450" in line
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_the_live_picture(tmp_path):
+    study, _, under_way = begun_study(tmp_path)
+    progress = {"step": 5, "n_steps": 10, "flops": 5e8, "loss": 3.21}
+    study.running = {under_way: progress}
+    study.started -= 60
+    console = Console(force_terminal=True, width=120, file=open(os.devnull, "w"), record=True)
+    with display.Display(console) as show:
+        show(study, "a run ended")
+    seen = console.export_text()
+    assert "a run ended" in seen
+    assert "1/6 runs, 5 % of 3.30e+10 FLOPs, 0:01:00, 0:21:0" in seen
+    assert f"{under_way}  step 5/10  loss 3.210" in seen
+
+
+def test_seconds_left_are_by_the_flops_of_this_call(tmp_path):
+    study, _, under_way = begun_study(tmp_path)
+    study.done_at_start = set(study.store.losses())
+    assert study.seconds_left() is None
+    study.running = {under_way: {"flops": 1e9}}
+    study.started -= 10
+    assert study.seconds_left() == pytest.approx(10 * 31, rel=0.01)
+
+
+def test_the_account_adds_up(tmp_path):
+    study, _, _ = begun_study(tmp_path)
+    row = study.store.rows()[0]
+    row.update(step_seconds=40.0, compile_seconds=5.0, evaluate_seconds=2.0, wall_seconds=50.0)
+    account = launch.account(study, workers=2, wall_seconds=30.0)
+    assert account["overhead"] == pytest.approx(60 / 40)
+    assert sum(account["seconds"].values()) == pytest.approx(60)
+    assert account["seconds"]["other in runs"] == pytest.approx(3)
+    assert account["seconds"]["start-up and idle"] == pytest.approx(10)
+    assert "2 workers x 30.0 s / 40.0 s of steps = 1.500" in display.accounting_line(account)
+    assert json.loads((tmp_path / "calls.jsonl").read_text())["overhead"] == account["overhead"]
+
+
+def test_the_launcher_of_processes_does_not_import_jax(tmp_path):
+    script = "import sys, lm.sweep.__main__, lm.data; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from lm.sweep import __main__ as sweep
+from lm.sweep.backends import Processes
+from lm.sweep.launch import Study
+from lm.sweep.store import Store
+store = Store(sys.argv[1])
+study = Study(store.config(), store)
+backend = Processes(1, store.workdir / "workers.log", "sleeping_trainer:train")
+sys.exit(sweep.run(study, backend, Console()))
+"""
+SLEEPER = """
+import os, time
+from pathlib import Path
+def train(config, workdir, **_):
+    (Path(workdir) / "pid").write_text(str(os.getpid()))
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    "how, code", [(signal.SIGINT, 75), (signal.SIGTERM, 75), (signal.SIGKILL, -9)]
+)
+def test_no_worker_outlives_its_launcher(how, code, tmp_path):
+    sweep_config = SweepConfig(budgets=(1e9,), sizes=3, widths=(8, 16, 24, 32))
+    Store(tmp_path).claim(Config(sweep=sweep_config))
+    (tmp_path / "sleeping_trainer.py").write_text(SLEEPER)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    worker = int(_wait_for(lambda: [p.read_text() for p in tmp_path.glob("runs/*/pid")][0]))
+    launcher.send_signal(how)
+    printed, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == code
+    assert ("the same command goes on" in printed) == (code == 75)
+    _wait_for(lambda: not Path(f"/proc/{worker}").exists())
+
+
+def _wait_for(condition):
+    for _ in range(300):
+        try:
+            if found := condition():
+                return found
+        except (IndexError, ValueError):
+            pass
+        time.sleep(0.1)
+    raise AssertionError("waited 30 s in vain")
+
+
+@pytest.mark.slow
+def test_a_real_sweep_in_processes_equals_one_inline(config_file, tmp_path, capsys):
+    tables = []
+    for backend in ("inline", "processes"):
+        workdir = tmp_path / backend
+        arguments = f"--config={config_file}", f"--workdir={workdir}", f"--backend={backend}"
+        process = subprocess.run(
+            [sys.executable, "-m", "lm.sweep", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        store = Store(workdir)
+        store.scan()
+        tables.append({r["run_id"]: (r["params"], r["tokens"]) for r in store.rows()})
+        assert all(1 < r["loss"] < 6 and r["status"] == "done" for r in store.rows())
+    assert tables[0] == tables[1] and len(tables[0]) == 4
