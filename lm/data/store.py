@@ -150,8 +150,6 @@ def write(path: Path, corpus: Corpus, tokenizer: Tokenizer, found: Survey) -> No
     Raises ``OSError`` where the disk is full, with nothing left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*"):  # left by a killed process; the lock is ours
-        shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         _write_files(temporary, corpus, tokenizer, found)
@@ -247,4 +245,6 @@ def preparing(data_dir: Path) -> Iterator[None]:
         # A file system without locks only loses the waiting: folders are still renamed when whole.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
+            for stale in (data_dir / "stores").glob(".*"):  # left by killed processes
+                shutil.rmtree(stale, ignore_errors=True)
         yield

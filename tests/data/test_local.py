@@ -100,7 +100,7 @@ def test_invalid_utf8_names_file_and_offset(tmp_path):
     with pytest.raises(BadInput, match=rf"{path}: invalid UTF-8 at byte offset 5 \(0xff\)"):
         read(path, tmp_path)
     path = tmp_path / "b.jsonl"
-    path.write_bytes(b'{"text": "ok"}\n{"text": "\xe4"}\n')
+    path.write_bytes('{"text": "ö"}\n'.encode() + b'{"text": "\xe4"}\n')
     with pytest.raises(BadInput, match=r"b.jsonl: invalid UTF-8 at byte offset 25 \(0xe4\)"):
         read(path, tmp_path)
 

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import random
@@ -129,15 +130,24 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, code):
     assert written(corpus, tmp_path).path == path
 
 
-def test_what_a_killed_process_left_is_swept(tmp_path):
+def test_what_a_killed_process_left_is_swept_by_the_next_to_prepare(tmp_path):
     corpus = corpus_of(many())
     path = store.path_of(corpus, BYTES, tmp_path)
     stale = path.parent / f".{path.name}.abc"
     stale.mkdir(parents=True)
     (stale / "train.bin").write_bytes(b"half")
     assert store.load(path) is None
-    written(corpus, tmp_path)
+    with store.preparing(tmp_path):
+        written(corpus, tmp_path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_one_prepares_at_a_time(tmp_path):
+    with store.preparing(tmp_path), open(tmp_path / ".lock") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_second_writer_keeps_the_first_ones_store(tmp_path):
