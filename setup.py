@@ -16,6 +16,7 @@ setup(
         "absl-py>=2.1",
         "array-record>=0.5",
         "flax>=0.12",
+        "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
         "jax>=0.10",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
@@ -28,7 +29,6 @@ setup(
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",
-        "zstandard>=0.22",
     ],
     extras_require={
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8"],
