@@ -100,6 +100,5 @@ def _shapes(runs: RunTable) -> dict[str, object]:
         kinds = sorted(set(map(str, values)))
         if len(kinds) > 1:
             raise BadInput(f"column {name} mixes {', '.join(kinds)}: a table must be of one kind")
-        words = {"true": 1, "false": 0}
-        shapes[name] = np.full(len(runs), words.get(kinds[0].lower(), kinds[0]))
+        shapes[name] = {"true": 1, "false": 0}.get(kinds[0].lower(), kinds[0])
     return shapes

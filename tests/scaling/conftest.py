@@ -20,7 +20,7 @@ def isoflop_table():
 
 @pytest.fixture(scope="session")
 def noisy_table():
-    """noisy_table(seed, law, ...) -> 6 budgets x 7 sizes with 0.3 % noise, of Besiroglu et al.'s law."""
+    """noisy_table(seed, law, ...) -> 6 budgets x 7 sizes, 0.3 % noise, Besiroglu et al.'s law."""
 
     def table(seed=0, law=BESIROGLU2024, **kwargs):
         return _isoflop_table(law, np.random.default_rng(seed), **kwargs)
@@ -29,8 +29,8 @@ def noisy_table():
 
 
 def _draw_law(rng) -> ParametricLaw:
-    """A law between those of Hoffmann, Besiroglu and Muennighoff et al., give or take: exponents .28
-    to .45, and .5 to 500 tokens a parameter at both ends of the budgets."""
+    """A law about those of Hoffmann, Besiroglu and Muennighoff et al.: exponents .28 to .45, and .5
+    to 500 tokens a parameter at both ends of the budgets."""
     while True:
         law = ParametricLaw(
             E=rng.uniform(1.5, 2.1),
@@ -45,8 +45,10 @@ def _draw_law(rng) -> ParametricLaw:
             return law
 
 
-def _isoflop_table(law, rng=None, *, noise=0.003, budgets=6, sizes=7, spread=6.0, low=1e18, high=1e21):
-    """`sizes` runs within a factor `spread` of the optimum at each budget, relative noise of the loss."""
+def _isoflop_table(
+    law, rng=None, *, noise=0.003, budgets=6, sizes=7, spread=6.0, low=1e18, high=1e21
+):
+    """`sizes` runs within a factor `spread` of each budget's optimum, with relative noise."""
     flops = np.repeat(np.geomspace(low, high, budgets), sizes)
     params = law.optimum(flops).params * np.tile(np.geomspace(1 / spread, spread, sizes), budgets)
     tokens = flops / (6 * params)
