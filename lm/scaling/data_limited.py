@@ -2,7 +2,7 @@
 
 L = E + A / N'^alpha + B / D'^beta, where repeated tokens and excess parameters decay in value: D' =
 U_D + U_D R_D* (1 - exp(-R_D / R_D*)), R_D = D / U_D - 1 (epochs beyond the first), and N' alike
-with U_N, the parameters that U_D unique tokens call for (equations 5 and 6).
+with U_N, the parameters that U_D unique tokens call for.
 """
 
 from dataclasses import dataclass, replace
@@ -132,5 +132,5 @@ MUENNIGHOFF2023 = DataLimitedLaw(
     ),
     r_tokens=15.387756,
     r_params=5.309743,
-    source="Muennighoff et al. 2023, appendix A: a local optimum of their own objective",
+    source="Muennighoff et al. 2023: a local optimum of their own objective",
 )

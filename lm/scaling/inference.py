@@ -1,7 +1,7 @@
 """Laws that know the model will be used: over-training at fixed loss (Sardana & Frankle 2023).
 
 A forward pass costs 2 N FLOPs a token, so a model that will serve T tokens costs 6 N D + 2 N T over
-its life (arXiv:2401.00448, equation 3). Any `ParametricLaw` will do; they used their own rounding
+its life (arXiv:2401.00448). Any `ParametricLaw` will do; they used their own rounding
 of Hoffmann's constants, `SARDANA2024`.
 """
 
@@ -18,7 +18,7 @@ SARDANA2024 = ParametricLaw(
     410.7,
     0.336,
     0.283,
-    "Sardana & Frankle 2024, section 2 (Hoffmann's, rounded otherwise)",
+    "Sardana & Frankle 2024 (Hoffmann's, rounded otherwise)",
 )
 
 

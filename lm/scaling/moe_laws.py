@@ -13,7 +13,7 @@ from lm.scaling.parametric import ParametricLaw
 
 
 def saturated_experts(experts, e_start, e_max):
-    """E^: the effective number of experts, from E_start at one expert up to E_max (Clark, eq. 10).
+    """E^: the effective number of experts, from E_start at one expert up to E_max.
 
     1 / E^ = 1 / (E - 1 + (1/E_start - 1/E_max)^-1) + 1 / E_max.
     """
@@ -103,7 +103,7 @@ class KrajewskiLaw(FittableLaw):
         return d_model**2 * (8 * self.EXPANSION + 4) * d_model / self.ASPECT
 
     def flops_per_token(self, d_model, granularity):
-        """(12 d^2 c_f + d E G c_r) n_blocks: the router is what granularity costs (their eq. 9)."""
+        """(12 d^2 c_f + d E G c_r) n_blocks: the router is what granularity costs."""
         d_model = positive(d_model, "d_model")
         weights = 12 * d_model**2 * self.FLOPS_PER_WEIGHT
         router = d_model * self.EXPANSION * np.asarray(granularity) * self.FLOPS_PER_ROUTER_WEIGHT
@@ -141,11 +141,9 @@ KRAJEWSKI2024 = KrajewskiLaw(
     2.1,
     0.58,
     0.47,
-    "Krajewski et al. 2024, Table 1, MoE with expansion rate 64",
+    "Krajewski et al. 2024, MoE with expansion rate 64",
 )
-KRAJEWSKI2024_DENSE = ParametricLaw(
-    0.47, 16.3, 26.7, 0.126, 0.127, "Krajewski et al. 2024, Table 1, dense"
-)
+KRAJEWSKI2024_DENSE = ParametricLaw(0.47, 16.3, 26.7, 0.126, 0.127, "Krajewski et al. 2024, dense")
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ LUDZIEJEWSKI2025 = LudziejewskiLaw(
 class AbnarLaw(FittableLaw):
     """L = a/N^alpha + b/D^beta + c/(1-S)^lambda + d/((1-S)^delta N^gamma) + e (Abnar et al. 2025).
 
-    N: total parameters; S: sparsity, the share of inactive ones (2501.12370, equation 5).
+    N: total parameters; S: sparsity, the share of inactive ones (arXiv:2501.12370).
     """
 
     a: float
@@ -270,5 +268,5 @@ ABNAR2025 = AbnarLaw(
     delta=0.1603,
     gamma=0.1595,
     e=0.94,
-    source="Abnar et al. 2025, Table 1",
+    source="Abnar et al. 2025, arXiv:2501.12370",
 )

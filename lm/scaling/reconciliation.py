@@ -30,7 +30,7 @@ class NonEmbeddingView:
 
     law: ParametricLaw = BESIROGLU2024
     gamma: float = 47491.0
-    source: str = "Pearce & Song 2024, section 3"
+    source: str = "Pearce & Song 2024"
 
     def total_params(self, non_embedding_params):
         n = positive(non_embedding_params, "non_embedding_params")
@@ -52,7 +52,7 @@ class NonEmbeddingView:
         return (law.beta * law.B / size_side) ** (1 / law.beta)
 
     def flops(self, non_embedding_params):
-        """C_E = 6 N_E D of the optimal run of this size (their equation 12)."""
+        """C_E = 6 N_E D of the optimal run of this size."""
         return (
             6 * positive(non_embedding_params, "params") * self.optimal_tokens(non_embedding_params)
         )

@@ -27,7 +27,7 @@ def test_local_slope_rises_then_falls_to_chinchillas():
 
 
 def test_closed_form_is_theirs():
-    # Equation 12 of the paper, typed as printed.
+    # As their script has it.
     law, g, n = BESIROGLU2024, 47491, np.array([1e4, 1e6, 1e9])
     printed = (
         6
