@@ -11,20 +11,17 @@ LAYERS, WIDTH, VOCAB, LENGTH = 4, 256, 1000, 128
 BLOCKS = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * (8 * WIDTH // 3) + 2 * WIDTH) + WIDTH
 HEAD = VOCAB * WIDTH
 NORMS = (2 * LAYERS + 1) * WIDTH
-SCORES = (
-    12 * LAYERS * LENGTH * WIDTH
-)  # FLOPs a token of q k^T and of its product with v, three passes
+# FLOPs a token of q k^T and of the product with v: two matrices, three passes, 2 a multiply-add.
+SCORES = 12 * LAYERS * LENGTH * WIDTH
+
+
+ONE_SHAPE = {
+    "d_model": WIDTH, "n_layers": LAYERS, "n_heads": 4, "vocab_size": VOCAB, "seq_len": LENGTH
+}  # fmt: skip
 
 
 def one_run(**columns):
-    shape = {
-        "d_model": WIDTH,
-        "n_layers": LAYERS,
-        "n_heads": 4,
-        "vocab_size": VOCAB,
-        "seq_len": LENGTH,
-    }
-    shape = {name: np.array([float(v)]) for name, v in shape.items()} | columns
+    shape = {name: np.array([float(v)]) for name, v in ONE_SHAPE.items()} | columns
     return RunTable.from_arrays(params=[1e6], tokens=[2e7], loss=[4.0], **shape)
 
 
@@ -66,7 +63,7 @@ def test_what_is_missing_is_named():
         recount(one_run(), flops="kaplans")
     mixed = RunTable.from_arrays(
         params=[1e6, 2e6], tokens=[2e7, 2e7], loss=[4.0, 3.9],
-        **{n: np.array([64.0, 64.0]) for n in ("d_model", "n_layers", "n_heads", "vocab_size", "seq_len")},
+        **{name: np.array([64.0, 64.0]) for name in ONE_SHAPE},
         feed_forward=np.array(["gelu", "swiglu"]),
     )  # fmt: skip
     with pytest.raises(BadInput, match="feed_forward mixes gelu, swiglu"):

@@ -9,8 +9,8 @@ LAW = BESIROGLU2024
 def curves(
     budgets=8, sizes=13, points=40, spread=6.0, noise=0.0, lag=0.05, seed=0, validation=False
 ):
-    """Runs about the optimum at each budget; a curve lies up to `lag` above the law until its end, as
-    it does while the learning rate is high."""
+    """Runs about the optimum at each budget; a curve lies up to `lag` above the law until its end,
+    as it does while the learning rate is high."""
     rng = np.random.default_rng(seed)
     columns = {name: [] for name in ("run_id", "params", "tokens", "flops", "loss")}
     for i, budget in enumerate(np.geomspace(1e18, 1e21, budgets)):
