@@ -51,7 +51,12 @@ def run(
             raise BadInput(
                 f"unexpected argument {extra[0]!r}; flags look like --name=value, see --help"
             )
-        return main() or DONE
+        code = main() or DONE
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except BadInput as error:
         return _refuse(str(error))
     except flags.UnrecognizedFlagError as error:

@@ -167,3 +167,11 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["law.json"]
     command.write_atomically(path, b"\x00new")
     assert path.read_bytes() == b"\x00new"
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command_line = f"{sys.executable} -m lm.plan --tables | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command_line], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and done.stderr == ""
