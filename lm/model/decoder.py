@@ -59,6 +59,8 @@ class Decoder(nn.Module):
         """
         c = self.config
         n_positions = inputs_BT.shape[1]
+        if c.position in ("sinusoidal", "learned") and n_positions > self.max_positions:
+            raise ValueError(f"{n_positions} positions: {c.position} ones end at {self.max_positions}")
         if positions_BT is None:
             positions_BT = jnp.arange(n_positions)[None]
         mask_BTS = allowed(n_positions, c.sliding_window, segments_BT)

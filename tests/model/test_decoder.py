@@ -380,3 +380,10 @@ def test_the_tree_has_as_many_parameters_as_arithmetic_counts(config, seq_len):
     assert count.norms == of("norm'")
     assert count.biases == of(*(f"'{n}']['bias'" for n in ("query", "key", "value")))
     assert count.head == (of("'embedding'") if config.tied else of("'head'"))
+
+
+@pytest.mark.parametrize("position", ["sinusoidal", "learned"])
+def test_positions_beyond_the_last_are_refused(position):
+    config = dataclasses.replace(BASE, position=position)
+    with pytest.raises(ValueError, match=f"{T} positions: {position} ones end at {T - 1}"):
+        Decoder(config, T - 1).init(jax.random.key(0), INPUTS_BT)
