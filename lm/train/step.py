@@ -52,8 +52,12 @@ class Program:
         self.abstract_state = jax.eval_shape(self._init, jax.random.key(0))
         self.state_sharding = stored_shardings(self.abstract_state, mesh)
         self.abstract_state = nn.meta.unbox(self.abstract_state)
+        # Run once and 0.1 s long, so LLVM's optimiser would cost more than it saves.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._run_init = self._compile(
-            lambda key: nn.meta.unbox(self._init(key)), out_shardings=self.state_sharding
+            lambda key: nn.meta.unbox(self._init(key)),
+            out_shardings=self.state_sharding,
+            compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
         )
         self._run_train = self._compile(
             self._train, donate_argnums=0, out_shardings=(self.state_sharding, None)
