@@ -249,6 +249,20 @@ def test_impossible_sweeps_are_refused_by_name(sweep, train, optimizer, told):
         grid.plan(config, {})
 
 
+def test_what_informs_starts_first_and_the_longest_of_what_does_not_after_it():
+    budgets, _ = finished(study(seeds_small=2))
+    ordered = grid.in_order(budgets)
+    n = sum(run.informs for run in ordered)
+    assert all(run.informs for run in ordered[:n]) and 0 < n < len(ordered)
+    # Of equal FLOPs the smallest model takes longest.
+    assert [(run.flops, run.params) for run in ordered[:n]] == sorted(
+        (run.flops, run.params) for run in ordered[:n]
+    )
+    assert [(-run.flops, run.params) for run in ordered[n:]] == sorted(
+        (-run.flops, run.params) for run in ordered[n:]
+    )
+
+
 def simulate(config, workers):
     """Idle share of ``workers`` cores, if a run takes as long as measured FLOP/s say."""
 

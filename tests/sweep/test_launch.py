@@ -79,9 +79,15 @@ def test_inline_trains_everything_once_and_then_nothing(config, tmp_path):
 
 
 def test_processes_give_the_same_table(config, tmp_path, undisturbed):
+    children = set(_children())
     _, code, printed = run(config, tmp_path, processes)
     assert code == 0 and rows(tmp_path) == undisturbed
+    assert set(_children()) == children
     assert "2 workers x" in printed
+
+
+def _children():
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
 def first_id(config):

@@ -192,9 +192,11 @@ def test_no_worker_outlives_its_launcher(how, code, tmp_path):
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     worker = int(_wait_for(lambda: [p.read_text() for p in tmp_path.glob("runs/*/pid")][0]))
-    launcher.send_signal(how)
+    # Ctrl-C goes to every process of the terminal's group; kill to one.
+    (os.killpg if how == signal.SIGINT else os.kill)(launcher.pid, how)
     printed, _ = launcher.communicate(timeout=30)
     assert launcher.returncode == code
     assert ("the same command goes on" in printed) == (code == 75)
