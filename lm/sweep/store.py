@@ -23,6 +23,7 @@ COLUMNS = (
     " bits_per_byte budget d_model n_layers n_heads n_kv_heads n_experts vocab_size tied seq_len"
     " batch_tokens learning_rate schedule seed corpus tokenizer epochs wall_seconds device status"
     " head_width d_ff n_steps warmup_tokens step_seconds compile_seconds evaluate_seconds data"
+    " optimizer"
 ).split()
 CURVE_COLUMNS = ("run_id", "tokens", "flops", "train_loss", "validation_loss")
 POINTS_A_DECADE = 40  # of tokens, in curves.csv
@@ -131,6 +132,9 @@ def _row(folder: Path) -> dict[str, Any]:
         "schedule": config["optimizer"]["schedule"],
         "seed": config["train"]["seed"],
         "budget": config["train"]["flops"],
+        "optimizer": "adamw b1={beta1} b2={beta2} wd={weight_decay} clip={clip_norm}".format(
+            **config["optimizer"]
+        ),
         "n_experts": config["model"].get("n_experts", 0),
         **result,
         "run_id": folder.name,

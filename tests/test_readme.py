@@ -1,0 +1,103 @@
+"""Every command of the README runs: in continuous integration, or here with small settings."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm.config import load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.strip().splitlines()
+]
+TUTORIAL = [command for command in COMMANDS if "my_text" in command or "lm.fit" in command]
+PLANS = [command for command in COMMANDS if "lm.plan" in command]
+ON_ACCELERATORS = [command for command in COMMANDS if "--workdir=DIR" in command]
+SMALL_DATA = ["--config.data.seq_len=32", "--config.data.validation_tokens=1024"]
+SMALL = {
+    "lm.data": SMALL_DATA,
+    "lm.train": [*SMALL_DATA, "--config.train.tokens=20000", "--config.train.evaluate_every=0"],
+    "lm.sweep": [
+        *SMALL_DATA,
+        "--config.sweep.budgets=(2e8,5e8,1e9)",
+        "--config.sweep.first_optimum=8e3",
+        "--config.sweep.spread=2.5",
+    ],
+    "lm.fit": ["--approaches=isoflop,parametric", "--bootstrap=100"],
+}
+
+
+def run(command, folder, *more):
+    words = shlex.split(command)
+    assert words[:2] == ["python", "-m"]
+    result = subprocess.run(
+        [sys.executable, *words[1:], *more],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, text_data):
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "my_text").symlink_to(Path(text_data.files).parent)
+    return folder
+
+
+def test_every_command_is_run_somewhere():
+    continuous = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in continuous and "make isoflop STUDY=smoke" in continuous
+    known = {"make isoflop", "make test", *TUTORIAL, *PLANS, *ON_ACCELERATORS}
+    assert [command for command in COMMANDS if command not in known] == []
+    assert len(TUTORIAL) == 5 and len(PLANS) == 3 and len(ON_ACCELERATORS) == 2
+
+
+@pytest.mark.slow
+def test_the_tutorial_goes_from_text_to_a_plan(folder):
+    for command in TUTORIAL + PLANS:
+        run(command, folder, *SMALL.get(shlex.split(command)[2], []))
+    found = {path.name for path in (folder / "runs" / "mine").iterdir()}
+    assert {"runs.csv", "curves.csv", "law.json", "report.html"} <= found
+
+
+@pytest.mark.parametrize("command", PLANS[1:])
+def test_plans_from_published_laws(command, folder):
+    assert "tokens" in run(command, folder)
+
+
+@pytest.mark.parametrize("command", ON_ACCELERATORS)
+def test_configs_for_accelerators_load(command):
+    path = re.search(r"--config=(\S+)", command).group(1)
+    assert load(path).model.n_layers > 1
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_and_fits(tmp_path, text_data):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    small = f"data={{'corpus': 'text', 'files': {text_data.files!r}, 'validation_tokens': 1024}}"
+    code = code.replace('train={"tokens": 2e5}', f'train={{"tokens": 2e4}}, {small}')
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    a = float(re.search(r"^(0\.\d+) \(", result.stdout, re.MULTILINE).group(1))
+    assert a == pytest.approx(0.28 / 0.62, abs=1e-3)
