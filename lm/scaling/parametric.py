@@ -7,7 +7,7 @@ import numpy as np
 from lm.command import one_of
 from lm.scaling.allocation import AllocationFit, CannotFit, Optimum
 from lm.scaling.cost import Cost
-from lm.scaling.intervals import percentile_interval
+from lm.scaling.intervals import percentile_interval, uneven_noise
 from lm.scaling.objective import (
     GRADIENT_TOLERANCE,
     HOFFMANN_STARTS,
@@ -169,7 +169,8 @@ def fit_parametric(
     drop_highest_loss: this many runs of highest loss are left out first (Besiroglu et al.: 5).
     Where the table's FLOPs are not 6 N D, a, b, k_N, k_D and the optima are under its own FLOPs a
     token, as a function of N (flag `flops_are_not_6nd`); `law.optimum` is always under C = 6 N D.
-    interval: "residual" resamples leverage-corrected log residuals; "pairs" resamples runs, as the
+    interval: "residual" resamples leverage-corrected log residuals, as if noise were alike for all
+    runs (flag `uneven_noise` where it is not: take pairs then); "pairs" resamples runs, as the
     papers do; an int array (draws, runs) holds the resampled row numbers themselves.
     Raises CannotFit (see there for the names) and BadInput for unknown settings.
     """
@@ -202,7 +203,10 @@ def fit_parametric(
         raise CannotFit("optimum_at_bound", "the law's optimum lies outside the runs' sizes")
     if refused > 0.05 * (refused + len(draws)):
         flags += ("refused_draws",)
-    residuals = problem.log_loss - np.log(law.loss(runs.params, runs.tokens))
+    log_predicted, jacobian = problem.log_predicted(ends.theta[best])
+    residuals = problem.log_loss - log_predicted
+    if uneven_noise(residuals, jacobian):
+        flags += ("uneven_noise",)
     spread = problem.log_loss - problem.log_loss.mean()
     best_params, best_tokens = cost.optimum(law)
     optima = (cost.flops, best_params, best_tokens, law.loss(best_params, best_tokens))

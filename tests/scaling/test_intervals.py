@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 
-from lm.scaling.intervals import corrected_residuals, multinomial_counts, percentile_interval
+from lm.scaling.intervals import (
+    corrected_residuals,
+    multinomial_counts,
+    percentile_interval,
+    uneven_noise,
+)
 
 
 def test_percentiles_hold_the_central_share():
@@ -47,3 +52,13 @@ def test_counts_are_resamples_of_all_rows():
     counts = multinomial_counts(np.random.default_rng(0), 500, 12)
     assert counts.shape == (500, 12) and (counts.sum(1) == 12).all()
     assert counts.mean() == 1
+
+
+def test_noise_that_grows_with_leverage_is_seen():
+    rng = np.random.default_rng(0)
+    x = np.linspace(-1, 1, 60)
+    basis = np.vander(x, 3)
+    even = [uneven_noise(rng.normal(size=60), basis) for _ in range(200)]
+    assert np.mean(even) < 0.03
+    assert uneven_noise(rng.normal(size=60) * (0.2 + x**2), basis)
+    assert not uneven_noise(rng.normal(size=60) * (1.2 - x**2), basis)

@@ -40,7 +40,8 @@ def test_epochs_240_points_have_this_optimum(refit):
     assert law.alpha == pytest.approx(0.3473105, abs=5e-7)
     assert law.beta == pytest.approx(0.3671724, abs=5e-7)
     assert refit.a == pytest.approx(0.513900, abs=5e-6)
-    assert refit.flags == ()
+    # Runs of high leverage are noisier here: residual intervals would be too narrow.
+    assert refit.flags == ("uneven_noise",)
     # Besiroglu et al.'s printed values are within their own optimiser's error.
     assert law.alpha == pytest.approx(BESIROGLU2024.alpha, abs=0.002)
 
