@@ -55,15 +55,20 @@ class Problem:
 
         def objective(theta, rows):
             z = self.log_loss if log_loss is None else log_loss[rows]
-            return self._value_and_gradient(theta, z, 1.0 if weights is None else weights[rows])
+            return self.value_and_gradient(theta, z, 1.0 if weights is None else weights[rows])
 
         # The tolerance leaves room for the way back to uncentred coordinates (factors of about 20).
         ends = minimise(objective, centred, points=len(self.x), tolerance=GRADIENT_TOLERANCE / 100)
         _, gradient = objective(ends.theta, np.arange(len(centred)))
-        gradient[:, 3:] -= self.centers * gradient[:, :2]
         theta = ends.theta
         theta[:, :2] += theta[:, 3:] * self.centers
-        return ends._replace(theta=theta, gradient_norm=np.linalg.norm(gradient, axis=1))
+        norm = np.linalg.norm(self.uncentred(gradient), axis=1)
+        return ends._replace(theta=theta, gradient_norm=norm)
+
+    def uncentred(self, gradient):
+        """Gradients (m, 5) with respect to theta, from those with respect to centred theta."""
+        constants, exponents = gradient[:, :3], gradient[:, 3:]
+        return np.concatenate([constants, exponents - self.centers * constants[:, :2]], axis=1)
 
     def terms(self, centred):
         """A / N^alpha, B / D^beta (m, n), E (m, 1); clipped, as some starts are far off."""
@@ -76,7 +81,8 @@ class Problem:
             np.exp(exponent, out=exponent)
         return size, data, np.exp(np.minimum(e, 300))
 
-    def _value_and_gradient(self, centred, log_loss, weights):
+    def value_and_gradient(self, centred, log_loss, weights):
+        """(m,) and (m, 5), of centred theta (m, 5); log_loss and weights (n,) or (m, n)."""
         size, data, floor = self.terms(centred)
         total = size + data
         total += floor

@@ -62,6 +62,14 @@ def test_the_top_budget_by_its_column():
     runs = RunTable.from_arrays(params=params, flops=uneven, loss=loss, budget=flops)
     held = leave_top_budget_out(runs, parametric)
     assert len(held.flops) == 4 and held.fit.n_points == 8
+    # Without the column, the runs within 10 % of the highest.
+    held = leave_top_budget_out(
+        RunTable.from_arrays(
+            params=params, flops=flops * np.tile([1.0, 0.95, 0.98, 1.0], 3), loss=loss
+        ),
+        parametric,
+    )
+    assert len(held.flops) == 4
 
 
 def test_one_budget_cannot_be_held_out(noisy_table):

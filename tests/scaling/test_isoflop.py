@@ -7,6 +7,7 @@ from scipy.optimize import minimize_scalar
 
 from lm.command import BadInput
 from lm.scaling import BESIROGLU2024, CannotFit, RunTable, fit_isoflop
+from lm.scaling.isoflop import _Line, _ProfileFit
 
 BUDGETS = np.array([1e18, 1e19, 1e20])
 
@@ -149,18 +150,46 @@ def test_the_window_keeps_runs_near_the_lowest():
 
 
 def test_uneven_budgets_are_brought_to_their_median():
-    law, rng = BESIROGLU2024, np.random.default_rng(0)
+    law = BESIROGLU2024
     flops = np.repeat(np.geomspace(1e18, 1e21, 6), 9)
-    params = law.optimum(flops).params * np.tile(np.geomspace(1 / 6, 6, 9), 6)
+    best = law.optimum(flops).params
+    params = best * np.tile(np.geomspace(1 / 6, 6, 9), 6)
+    even = RunTable.from_arrays(
+        params=params, flops=flops, loss=law.loss(params, flops / (6 * params))
+    )
     # A count under which small models cost more, as attention makes them.
-    uneven = flops * (params / law.optimum(flops).params) ** -0.3
-    tokens = uneven / (6 * params)
-    loss = law.loss(params, tokens) * np.exp(1e-3 * rng.standard_normal(len(params)))
-    runs = RunTable.from_arrays(params=params, tokens=tokens, loss=loss, budget=flops)
-    fit = fit_isoflop(runs, bootstrap=0)
-    assert "levelled_budgets" in fit.flags
-    assert fit.a == pytest.approx(law.a, abs=0.02)
-    assert all(6 * o.params * o.tokens == pytest.approx(o.flops) for o in fit.optima)
+    tokens = flops * (params / best) ** -0.3 / (6 * params)
+    uneven = RunTable.from_arrays(
+        params=params, tokens=tokens, loss=law.loss(params, tokens), budget=flops
+    )
+    fit, want = fit_isoflop(uneven, bootstrap=0), fit_isoflop(even, bootstrap=0)
+    assert "levelled_budgets" in fit.flags and want.flags == ()
+    for got, wanted in zip(fit.optima, want.optima, strict=True):
+        assert got == pytest.approx(wanted, rel=2e-3)
+        assert 6 * got.params * got.tokens == pytest.approx(got.flops)
+
+
+def test_the_line_weighs_by_noise_and_scatter():
+    x, rng = np.linspace(40, 48, 6), np.random.default_rng(0)
+    variance = np.array([0.3, 0.01, 0.02, 0.01, 0.04, 0.01]) ** 2
+    on_line = 0.5 * x - 3 + 1e-3 * rng.standard_normal(6)
+    line = _Line(x, on_line, variance)
+    assert line.tau == 0
+    np.testing.assert_allclose(line.fit(on_line), np.polyfit(x, on_line, 1, w=variance**-0.5))
+    off_line = on_line + 0.2 * rng.standard_normal(6)
+    line = _Line(x, off_line, variance)
+    # DerSimonian & Laird's tau^2 is the one at which Cochran's Q expects what it is.
+    basis, w = np.stack([x, np.ones(6)], axis=1), np.diag(1 / variance)
+    projector = w - w @ basis @ np.linalg.inv(basis.T @ w @ basis) @ basis.T @ w
+    q = off_line @ projector @ off_line
+    expected = np.trace(projector @ (np.diag(variance) + line.tau**2 * np.eye(6)))
+    assert q == pytest.approx(expected)
+    weights = (variance + line.tau**2) ** -0.5
+    np.testing.assert_allclose(line.fit(off_line), np.polyfit(x, off_line, 1, w=weights))
+    missing = np.where(np.arange(6) == 2, np.nan, off_line)
+    kept = np.arange(6) != 2
+    want = np.polyfit(x[kept], off_line[kept], 1, w=weights[kept])
+    np.testing.assert_allclose(line.fit(np.stack([missing, off_line]))[0], want)
 
 
 def test_noisy_profiles_weigh_less(noisy_table):
@@ -214,8 +243,6 @@ def test_intervals_hold_the_estimate(noisy_table, interval):
 
 
 def test_pairs_are_refits_of_the_resampled_runs(noisy_table):
-    from lm.scaling.isoflop import _ProfileFit
-
     runs = noisy_table().where(slice(14, 21))
     rows = np.array([[0, 0, 1, 2, 4, 5, 6], [1, 2, 3, 3, 4, 5, 5], [0, 0, 0, 0, 6, 6, 6]])
     counts = np.stack([np.bincount(r, minlength=7) for r in rows])

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import least_squares, minimize, nnls
 from scipy.special import huber
 
 from lm.command import BadInput
 from lm.scaling import BESIROGLU2024, HOFFMANN2022, CannotFit, RunTable, fit_parametric
-from lm.scaling.objective import HOFFMANN_STARTS, Problem, constants
+from lm.scaling.objective import HOFFMANN_STARTS, Problem, constants, variable_projection
 from lm.scaling.parametric import ParametricLaw
 
 FEW_STARTS = HOFFMANN_STARTS[7::45]
@@ -46,9 +46,9 @@ def test_values_are_the_definitions_and_gradients_their_differences(noisy_table,
 
     centred = theta.copy()
     centred[:2] -= theta[3:] * problem.centers
-    got, gradient = problem._value_and_gradient(centred[None], problem.log_loss, 1.0)
+    got, gradient = problem.value_and_gradient(centred[None], problem.log_loss, 1.0)
     assert got[0] == pytest.approx(value(theta), rel=1e-9)
-    gradient[0, 3:] -= problem.centers * gradient[0, :2]
+    gradient = problem.uncentred(gradient)
     for k in range(5):
         step = 1e-6 * np.eye(5)[k]
         numeric = (value(theta + step) - value(theta - step)) / 2e-6
@@ -93,6 +93,24 @@ def test_variable_projection_is_scipys_least_squares(noisy_table):
     assert fit.law.alpha == pytest.approx(alone.x[3], rel=1e-4)
     relative = fit_parametric(runs, method="variable_projection_relative", bootstrap=0)
     assert relative.law.alpha != pytest.approx(fit.law.alpha, rel=1e-4)
+
+
+def test_the_grid_search_is_non_negative_least_squares():
+    """Its error is that of scipy's nnls at its own exponents, and no higher than at others."""
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        runs = scattered(seed=seed, loss=3 + 0.3 * rng.standard_normal(40))  # no law at all
+        problem = Problem(runs, "variable_projection", None, 1.0)
+        theta = variable_projection(problem)
+        predicted, _ = problem.log_predicted(theta)
+        found = np.linalg.norm(np.exp(predicted) - runs.loss)
+
+        def error(alpha, beta, runs=runs, problem=problem):
+            terms = [np.ones(40), np.exp(-alpha * problem.x), np.exp(-beta * problem.y)]
+            return nnls(np.stack(terms, axis=1), runs.loss)[1]
+
+        assert found == pytest.approx(error(*theta[3:]), rel=1e-6)
+        assert found <= min(error(*rng.uniform(0.05, 2, 2)) for _ in range(30)) * 1.02
 
 
 def test_the_optimum_is_the_lowest_point_of_its_budget():
