@@ -12,7 +12,7 @@ class CannotFit(ValueError):
     """A fit that could not be trusted and is therefore refused, by `name`.
 
     Names: `too_few_points`, `one_budget`, `no_interior_minimum`, `collinear_design`,
-    `non_finite_loss`, `optimum_at_bound`, `no_curves`, `too_many_refused_draws`, `not_converged`.
+    `optimum_at_bound`, `non_finite_loss`, `no_curves`.
     """
 
     def __init__(self, name: str, message: str):
