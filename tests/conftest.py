@@ -36,7 +36,8 @@ def text_data(tmp_path_factory):
 def known_law_tables(tmp_path_factory):
     """A folder with runs.csv and curves.csv drawn from a known law, and that law.
 
-    Five budgets of 6 N D FLOPs, decoders within a factor 6 of the optimum, 0.2 % noise, one diverged run.
+    Five budgets of 6 N D FLOPs, decoders within a factor 6 of the optimum, 0.2 % noise, and one
+    diverged run.
     Curves lie above the law until their last tenth, as a decaying learning rate has it.
     """
     import csv
@@ -49,8 +50,8 @@ def known_law_tables(tmp_path_factory):
     law = ParametricLaw(E=0.9, A=12.0, B=60.0, alpha=0.33, beta=0.36)
     noise = np.random.default_rng(0)
     shared = {
-        "flops_convention": "6nd", "vocab_size": 256, "seq_len": 128, "tied": 0, "schedule": "cosine",
-        "corpus": "pd_english", "tokenizer": "bytes", "seed": 0, "status": "done",
+        "flops_convention": "6nd", "vocab_size": 256, "seq_len": 128, "tied": 0,
+        "schedule": "cosine", "corpus": "pd_english", "tokenizer": "bytes", "seed": 0, "status": "done",
     }  # fmt: skip
     runs, curves = [], []
     for flops in (1e11, 3e11, 1e12, 3e12, 1e13):

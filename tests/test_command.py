@@ -12,7 +12,7 @@ from absl import flags
 
 from lm import command
 from lm.command import BadInput
-from lm.config import config_from_flags, define_config_flag
+from lm.config_file import config_from_flags, define_config_flag
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,7 +115,7 @@ def test_in_a_process_of_its_own(tmp_path):
             import sys
             from absl import flags
             from lm import command
-            from lm.config import config_from_flags, define_config_flag
+            from lm.config_file import config_from_flags, define_config_flag
             FLAGS = flags.FlagValues()
             define_config_flag(FLAGS)
             sys.exit(command.run(lambda: print(config_from_flags(FLAGS).name), FLAGS, __doc__))

@@ -18,11 +18,11 @@ from lm.config import (
     TrainConfig,
     differences,
     from_config_dict,
-    load,
     replace,
     to_config_dict,
     to_dict,
 )
+from lm.config_file import load
 
 FILE = """
 from lm.config import Config, to_config_dict

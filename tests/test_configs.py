@@ -9,7 +9,7 @@ import pytest
 
 from lm import arithmetic
 from lm.command import BadInput
-from lm.config import load
+from lm.config_file import load
 from lm.sweep import grid
 from lm.train.recipe import resolve
 

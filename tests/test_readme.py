@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.config import load
+from lm.config_file import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,8 @@ from absl import flags
 
 from lm import command
 from lm.command import BadInput, write_atomically
-from lm.config import load, replace
+from lm.config import replace
+from lm.config_file import load
 from lm.sweep.grid import ladder
 
 FLAGS = flags.FlagValues()

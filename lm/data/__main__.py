@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lm import command
-from lm.config import config_from_flags, define_config_flag
+from lm.config_file import config_from_flags, define_config_flag
 from lm.data import Dataset, open_dataset, store
 from lm.data.corpora import SPLITS
 

@@ -88,7 +88,7 @@ def attend(
     mask_BTS: jax.Array,
     soft_cap: float = 0.0,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, (B, T, N, H), with N = K * G query heads over K key/value heads."""
+    """softmax(q k^T / sqrt(H)) v, (B, T, N, H); N = K * G query heads over K key/value heads."""
     b, t, n, h = query_BTNH.shape
     k = key_BSKH.shape[2]
     query_BTKGH = query_BTNH.reshape(b, t, k, n // k, h) * h**-0.5

@@ -1,4 +1,4 @@
-"""The decoder, functional: ``Decoder(config).init(key, inputs_BT)`` and ``.apply(variables, inputs_BT)``.
+"""The decoder, functional: ``.init(key, inputs_BT)`` and ``.apply({"params": ...}, inputs_BT)``.
 
 Axes in names, here and in the whole room:
 B batch, T query position, S key position, D model width, F feed-forward width, N query heads,
@@ -17,7 +17,7 @@ from lm.sharding import constrain, partitioned
 
 
 class Block(nn.Module):
-    """One layer. Pre-norm adds ``f(norm(x))`` to the residual; post-norm takes ``norm(x + f(x))``."""
+    """One layer. Pre-norm adds ``f(norm(x))`` to the residual; post-norm is ``norm(x + f(x))``."""
 
     config: ModelConfig
 
@@ -60,7 +60,8 @@ class Decoder(nn.Module):
         c = self.config
         n_positions = inputs_BT.shape[1]
         if c.position in ("sinusoidal", "learned") and n_positions > self.max_positions:
-            raise ValueError(f"{n_positions} positions: {c.position} ones end at {self.max_positions}")
+            last = self.max_positions
+            raise ValueError(f"{n_positions} positions: {c.position} ones end at {last}")
         if positions_BT is None:
             positions_BT = jnp.arange(n_positions)[None]
         mask_BTS = allowed(n_positions, c.sliding_window, segments_BT)

@@ -11,7 +11,7 @@ GATED = ("swiglu", "geglu")
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``(SiLU(x W_gate) * (x W_up)) W_down``; without a gate: ``activation(x W_up) W_down``."""
+    """SwiGLU: ``(SiLU(x W_gate) * (x W_up)) W_down``; ungated: ``activation(x W_up) W_down``."""
 
     config: ModelConfig
 

@@ -24,7 +24,7 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", partitioned(init, *self.axes), (fan_in, self.features), jnp.float32
         )
-        # Two axes: the backward of (B, T, D) @ (D, F) is slow in XLA on CPU, and no worse elsewhere.
+        # Two axes: the backward of (B, T, D) @ (D, F) is slow in XLA on CPU; no worse elsewhere.
         y = x.reshape(-1, fan_in) @ kernel.astype(self.dtype)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, self.axes[1])
@@ -33,7 +33,10 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm, x / sqrt(mean(x^2) + eps) * gain (Zhang & Sennrich 2019), or LayerNorm, over the last axis."""
+    """RMSNorm, x / sqrt(mean(x^2) + eps) * gain (Zhang & Sennrich 2019), or LayerNorm.
+
+    Over the last axis, in float32.
+    """
 
     kind: str
     eps: float
@@ -46,7 +49,9 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x32 = x32 - jnp.mean(x32, -1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
-        x32 = x32 * self.param("gain", partitioned(nn.initializers.ones, self.axis), (width,), jnp.float32)
+        x32 = x32 * self.param(
+            "gain", partitioned(nn.initializers.ones, self.axis), (width,), jnp.float32
+        )
         if self.kind == "layer":
             zeros = partitioned(nn.initializers.zeros, self.axis)
             x32 = x32 + self.param("bias", zeros, (width,), jnp.float32)
@@ -54,7 +59,7 @@ class Norm(nn.Module):
 
 
 def sinusoidal(n_positions: int, d_model: int) -> jax.Array:
-    """Vaswani et al. 2017, section 3.5: sines in the even columns, cosines in the odd ones. (T, D)."""
+    """Sines in the even columns, cosines in the odd ones (Vaswani et al. 2017, 3.5); (T, D)."""
     angle = jnp.arange(n_positions)[:, None] / 10_000 ** (jnp.arange(0, d_model, 2) / d_model)
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(n_positions, d_model)
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 def cross_entropy(
     logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array | None = None
 ) -> jax.Array:
-    """The sum of nats over the positions whose weight is not 0 (None: every position). A float32 scalar."""
+    """The sum of nats over positions, times their weights (None: 1); a float32 scalar."""
     logits_BTV = logits_BTV.astype(jnp.float32)
-    # A comparison instead of a gather: its gradient is elementwise, where a gather's is a scatter.
+    # A comparison, not a gather: its gradient is elementwise, where a gather's is a scatter.
     chosen_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     target_BT = jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), -1)
     nats_BT = jax.nn.logsumexp(logits_BTV, -1) - target_BT

@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer), in the split-halves layout of Llama checkpoints.
+"""Rotary position embedding (Su et al. 2021, RoFormer), in the split halves of Llama checkpoints.
 
-Column i turns with column i + H/2 by ``position * base**(-2 i / H)``. The interleaved layout of the
-paper is the same function up to a permutation of the head's columns.
+Column i turns with column i + H/2 by ``position * base**(-2 i / H)``. The interleaved layout of
+the paper is the same function up to a permutation of the head's columns.
 """
 
 import jax

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lm import command
 from lm.command import DONE, FAILED, PREEMPTED, BadInput
-from lm.config import config_from_flags, define_config_flag
+from lm.config_file import config_from_flags, define_config_flag
 from lm.sweep import grid
 from lm.sweep.backends import Inline, Processes, available_cores
 from lm.sweep.display import Display, accounting_line, budgets_table, summary

@@ -9,7 +9,7 @@ from absl import flags
 
 from lm import command
 from lm.command import BadInput
-from lm.config import config_from_flags, define_config_flag
+from lm.config_file import config_from_flags, define_config_flag
 
 FLAGS = flags.FlagValues()
 define_config_flag(FLAGS)

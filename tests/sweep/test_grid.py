@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from lm import arithmetic
 from lm.command import BadInput
-from lm.config import Config, OptimizerConfig, SweepConfig, TrainConfig, load
+from lm.config import Config, OptimizerConfig, SweepConfig, TrainConfig
+from lm.config_file import load
 from lm.sweep import grid
 
 
