@@ -51,7 +51,8 @@ def known_law_tables(tmp_path_factory):
     noise = np.random.default_rng(0)
     shared = {
         "flops_convention": "6nd", "vocab_size": 256, "seq_len": 128, "tied": 0,
-        "schedule": "cosine", "corpus": "pd_english", "tokenizer": "bytes", "seed": 0, "status": "done",
+        "schedule": "cosine", "corpus": "pd_english", "tokenizer": "bytes", "seed": 0,
+        "status": "done",
     }  # fmt: skip
     runs, curves = [], []
     for flops in (1e11, 3e11, 1e12, 3e12, 1e13):
