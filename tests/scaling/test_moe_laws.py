@@ -21,8 +21,6 @@ TABLE_4 = (
     (16, 19.0159, -0.1617, 167.5073, -0.2494),
     (32, 16.5424, -0.1557, 234.6726, -0.2652),
 )
-# Krajewski et al. 2024, Table 2: d_model of the dense base, tokens, granularity, FLOPs, loss.
-# The smallest model of 64 x 100M: 12 d^3 / 64 = 100M.
 
 
 @pytest.mark.parametrize("experts, m, mu, n, nu", TABLE_4)
