@@ -34,6 +34,6 @@ setup(
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8"],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
-        "compare": ["torch>=2.6", "transformers>=4.50", "safetensors>=0.4"],
+        "compare": ["torch>=2.6", "transformers>=4.50"],
     },
 )

@@ -56,8 +56,8 @@ def test_cosine_ends_with_the_run_unless_told_otherwise():
 
 def test_wsd_decays_its_share_at_the_end():
     recipe = resolve(replace(Config(), optimizer={"schedule": "wsd", "decay_fraction": 0.25}))
-    assert recipe.schedule.decay_steps == pytest.approx(0.25 * recipe.n_steps)
-    assert recipe.schedule.decay_start == pytest.approx(0.75 * recipe.n_steps)
+    assert recipe.branch_step == recipe.schedule.decay_start == round(0.75 * recipe.n_steps)
+    assert recipe.schedule.decay_start + recipe.schedule.decay_steps == recipe.n_steps
 
 
 def test_accumulation_must_divide_the_batch():
