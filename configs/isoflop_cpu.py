@@ -20,6 +20,7 @@ STUDIES = {
         spread=5.0,
         first_optimum=20_000.0,
         seeds_small=2,
+        small=120_000.0,
     ),
     "full": dict(
         budgets=(1e11, 3e11, 1e12, 3e12, 1e13, 3e13),

@@ -18,5 +18,7 @@ def get_config():
     config.model.n_kv_heads = 2
     config.model.d_ff = 88
     config.train.tokens = 2e6
+    config.data.validation_tokens = 65_536
     config.train.evaluate_every = 500
+    config.train.checkpoint_every = 250
     return config

@@ -163,6 +163,10 @@ class OptimizerConfig:
         for name in ("warmup_max_fraction", "final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"optimizer.{name} = {getattr(self, name)}: must lie in [0, 1]")
+        if self.schedule == "wsd" and not 0 < self.decay_fraction < 1:
+            raise BadInput(
+                f"optimizer.decay_fraction = {self.decay_fraction}: must lie in (0, 1) under 'wsd'"
+            )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"optimizer.{name} = {getattr(self, name)}: must lie in [0, 1)")

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
 from lm.data import Batch
-from lm.model import Decoder, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -24,18 +22,6 @@ class Score:
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
-
-
-def nats_function(decoder: Decoder) -> Callable[[Any, Batch], jax.Array]:
-    """``(params, batch) -> float32 sum of nats``, to be compiled by the caller."""
-
-    def nats(params: Any, batch: Batch) -> jax.Array:
-        logits_BTV = decoder.apply(
-            {"params": params}, batch.inputs_BT, batch.segments_BT, batch.positions_BT
-        )
-        return cross_entropy(logits_BTV, batch.targets_BT, batch.weights_BT)
-
-    return nats
 
 
 def score(

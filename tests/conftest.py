@@ -3,12 +3,13 @@
 import os
 import random
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)  # a test compiles what it tests
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 WORDS = "the of and to in a that is was he for it with as his on be at by i had not are but".split()
 

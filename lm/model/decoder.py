@@ -70,6 +70,7 @@ class Decoder(nn.Module):
         embedding_VD = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
         x_BTD = embedding_VD.astype(c.dtype)[inputs_BT]
         if c.position == "sinusoidal":
+            x_BTD *= c.d_model**0.5  # as the paper has it: a sine is as large as an embedding
             x_BTD += sinusoidal(self.max_positions, c.d_model).astype(c.dtype)[positions_BT]
         elif c.position == "learned":
             init = partitioned(nn.initializers.normal(0.02), "position", "embed")
@@ -95,8 +96,8 @@ class Decoder(nn.Module):
             x_BTD = norm(c, "final_norm")(x_BTD)
 
         if c.tied:
-            x_BD = x_BTD.reshape(-1, c.d_model)
-            logits_BTV = (x_BD @ embedding_VD.T.astype(c.dtype)).reshape(*inputs_BT.shape, -1)
+            x_RD, embedding_DV = x_BTD.reshape(-1, c.d_model), embedding_VD.T.astype(c.dtype)
+            logits_BTV = (x_RD @ embedding_DV).reshape(*inputs_BT.shape, -1)
         else:
             logits_BTV = Linear(c.vocab_size, ("embed", "vocab"), dtype=c.dtype, name="head")(x_BTD)
         logits_BTV = logits_BTV.astype(jnp.float32)

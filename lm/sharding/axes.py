@@ -67,8 +67,8 @@ def stored_shardings(abstract: Any, mesh: Mesh) -> Any:
             if axis is not None and leaf.shape[i] % mesh.shape[axis]:
                 name = path[-1].key if hasattr(path[-1], "key") else jax.tree_util.keystr(path)
                 raise BadInput(
-                    f"{name} has {leaf.shape[i]} {('rows', 'columns')[i > 0]} along an axis laid"
-                    f" over mesh.{axis} = {mesh.shape[axis]}: must divide evenly"
+                    f"{name} has {leaf.shape[i]} entries along an axis laid over"
+                    f" mesh.{axis} = {mesh.shape[axis]}: must divide evenly"
                 )
 
     jax.tree_util.tree_map_with_path(check, nn.meta.unbox(abstract), shardings)

@@ -22,6 +22,7 @@ from lm.sweep.backends import Inline, Processes, available_cores
 from lm.sweep.display import Display, accounting_line, budgets_table, summary
 from lm.sweep.launch import Study, account, cannot_start, launch, refuse_more_workers
 from lm.sweep.store import Store
+from lm.train.recipe import check_vocabulary
 
 FLAGS = flags.FlagValues()
 define_config_flag(FLAGS)
@@ -52,7 +53,7 @@ def main() -> int | None:
     # Once, before workers race for it; and what is wrong with the data is said before a run starts.
     from lm.data import open_dataset
 
-    open_dataset(config.data)
+    check_vocabulary(config, open_dataset(config.data).vocab_size)
     store.claim(config)
     backend = Inline()
     if FLAGS.backend == "processes":

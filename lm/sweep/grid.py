@@ -17,6 +17,7 @@ import numpy as np
 from lm import arithmetic
 from lm.command import BadInput
 from lm.config import Config, ModelConfig, SweepConfig
+from lm.train.recipe import resolve
 
 # The exponent of N_opt(C) is drawn to its prior as by one standard deviation of 0.15, against
 # minima that are known to 20 %: two budgets half a decade apart say little about a slope.
@@ -195,6 +196,10 @@ def check(config: Config) -> None:
             raise BadInput(
                 f"sweep.budgets: two budgets read {label} to three decimals; keep them apart"
             )
+    for flops in config.sweep.budgets:
+        for rung in ladder(config):  # raises where no rule gives a batch or a rate
+            train = dataclasses.replace(config.train, flops=flops)
+            resolve(dataclasses.replace(config, model=rung.model, train=train))
     if config.sweep.branches:
         if config.train.checkpoint_every == -1:
             raise BadInput(

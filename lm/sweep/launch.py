@@ -14,7 +14,7 @@ from lm.sweep import grid
 from lm.sweep.store import SCHEMA, Store
 
 ATTEMPTS = 3  # of a run whose worker dies, in one call
-ACCOUNT = ("step", "compile", "evaluate")  # of a run's seconds, as its result tells
+ACCOUNT = ("step", "compile", "evaluate", "data")  # of a run's seconds, as its result tells
 
 
 @dataclass

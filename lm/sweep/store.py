@@ -22,8 +22,8 @@ COLUMNS = (
     "run_id params non_embedding_params active_params tokens flops flops_convention loss"
     " bits_per_byte budget d_model n_layers n_heads n_kv_heads n_experts vocab_size tied seq_len"
     " batch_tokens learning_rate schedule seed corpus tokenizer epochs wall_seconds device status"
-    " head_width d_ff n_steps warmup_tokens step_seconds compile_seconds evaluate_seconds data"
-    " optimizer"
+    " head_width d_ff n_steps warmup_tokens step_seconds compile_seconds evaluate_seconds"
+    " data_seconds data optimizer"
 ).split()
 CURVE_COLUMNS = ("run_id", "tokens", "flops", "train_loss", "validation_loss")
 POINTS_A_DECADE = 40  # of tokens, in curves.csv

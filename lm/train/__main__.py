@@ -51,7 +51,12 @@ def main() -> int | None:
             told = f"step {at.step}/{at.n_steps}  loss {at.loss:.3f}  {speed}"
             bar.update(task, total=at.n_steps, completed=at.step, description=told)
 
-        result = train(config, FLAGS.workdir, progress=progress, force=FLAGS.force)
+        try:
+            result = train(config, FLAGS.workdir, progress=progress, force=FLAGS.force)
+        except KeyboardInterrupt:
+            bar.stop()
+            print("interrupted; the same command goes on from the newest checkpoint")
+            return command.PREEMPTED
     print(
         f"{result['status']}: loss {result['loss']:.4f} nats a token,"
         f" perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits a byte;"

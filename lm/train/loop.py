@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lm import arithmetic, data
@@ -19,7 +20,7 @@ from lm.score import Score, score
 from lm.sharding import make_mesh
 from lm.train.device import description, matmul_peak
 from lm.train.metrics import MetricsLog
-from lm.train.recipe import Recipe, resolve
+from lm.train.recipe import Recipe, branch_step, check_vocabulary, resolve
 from lm.train.step import Program, State
 
 EVALUATION_SEQUENCES = 32  # rows of an evaluation batch; the score does not depend on it
@@ -63,19 +64,10 @@ def train(
       BadInput: an impossible config, or a folder that holds another run.
     """
     workdir = Path(workdir)
-    recipe = resolve(config)
     mesh = make_mesh(config.mesh)
-    if recipe.sequences % mesh.shape["data"]:
-        raise BadInput(
-            f"a batch of {recipe.sequences} sequences: must be a multiple of the mesh's data axis,"
-            f" {mesh.shape['data']}"
-        )
+    recipe = resolve(config, mesh.shape["data"])
     dataset = dataset or data.open_dataset(config.data)
-    if config.model.vocab_size < dataset.vocab_size:
-        raise BadInput(
-            f"model.vocab_size = {config.model.vocab_size}: must be at least the tokenizer's"
-            f" {dataset.vocab_size}"
-        )
+    check_vocabulary(config, dataset.vocab_size)
     programs = {} if programs is None else programs
     key = Program.key(config)
     if key not in programs:
@@ -93,7 +85,7 @@ class _Run:
     def __init__(self, config, recipe: Recipe, workdir, dataset, program: Program, progress):
         self.config, self.recipe, self.workdir = config, recipe, workdir
         self.dataset, self.program, self.progress = dataset, program, progress
-        self.seconds = {"wall": 0.0, "step": 0.0, "compile": 0.0, "evaluate": 0.0}
+        self.seconds = dict.fromkeys(("wall", "step", "compile", "evaluate", "data"), 0.0)
         self.unlogged: list[float] = []  # losses since the last line of the log
         self.last_score: Score | None = None
 
@@ -119,18 +111,20 @@ class _Run:
         batches = self._batches(step)
         while step < recipe.n_steps:
             n = self._next_stop(step) - step
-            compiling, dispatched = self.program.compile_seconds, time.perf_counter()
+            before, dispatched = self._besides_steps(), time.perf_counter()
             state, metrics = self.program.train(state, batches, n, recipe.schedule)
             if step + n < recipe.n_steps:
-                batches = self._batches(step + n)  # read while the device works
-            losses = np.asarray(metrics.loss)[:n]
-            seconds = time.perf_counter() - dispatched - (self.program.compile_seconds - compiling)
+                batches = self._batches(step + n)  # while the device works
+            metrics = jax.device_get(metrics)
+            losses = metrics.loss[:n]
+            seconds = time.perf_counter() - dispatched - (self._besides_steps() - before)
             self.seconds["step"] += seconds
             end = step + n
             finite = bool(np.all(np.isfinite(losses)))
             validation = None
             if finite and self._due(end, train.evaluate_every):
-                validation = self._evaluate(state).loss
+                validation = self._evaluate(state)
+                finite = math.isfinite(validation.loss)
             self._write_log(step, losses, metrics, seconds / n, validation)
             step = end
             if not finite:
@@ -148,6 +142,10 @@ class _Run:
                     )
                 )
         return "done", step
+
+    def _besides_steps(self) -> float:
+        """Seconds of compiling and reading so far, which may fall between a step's two ends."""
+        return self.program.compile_seconds + self.seconds["data"]
 
     def _start_clock(self) -> None:
         self._started = time.perf_counter()
@@ -171,20 +169,23 @@ class _Run:
                 self.last_score = Score(**meta["validation"])
             return state, int(state.step)
         if start_from is not None:
-            at = resolve(load_config(Path(start_from))).branch_step
-            shorter = Checkpoints(Path(start_from))
-            found = shorter.restore(abstract, at)
-            shorter.close()
-            if not found or at > self.recipe.branch_step:
-                raise BadInput(f"{start_from}: holds no checkpoint to branch from")
+            shorter, data_axis = load_config(Path(start_from)), self.program.mesh.shape["data"]
+            at = branch_step(shorter, self.config, data_axis)
+            checkpoints = Checkpoints(Path(start_from))
+            found = checkpoints.restore(abstract, at)
+            checkpoints.close()
+            if not found:
+                raise BadInput(f"{start_from}: holds no checkpoint of step {at} to branch from")
             return found[0], at
         return self.program.init(self.config.train.seed), 0
 
     def _batches(self, step: int) -> data.Batch:
-        train = self.config.train
-        return self.dataset.batches(
-            train.seed, step, train.steps_per_dispatch, self.recipe.sequences
+        started, train = time.perf_counter(), self.config.train
+        batches = self.program.put(
+            self.dataset.batches(train.seed, step, train.steps_per_dispatch, self.recipe.sequences)
         )
+        self.seconds["data"] += time.perf_counter() - started
+        return batches
 
     def _next_stop(self, step: int) -> int:
         """The step at which the next dispatch ends: full, or where something is due."""
@@ -236,7 +237,9 @@ class _Run:
                 "matmul_peak_share": flops_per_second / _peak(self.config.model.dtype),
             }
             if validation is not None and at == last:
-                line["validation_loss"] = validation
+                line["validation_loss"] = validation.loss
+                line["validation_bits_per_byte"] = validation.bits_per_byte
+                line["validation_perplexity"] = validation.perplexity
             self.unlogged = []
             self.log.write(line)
         self.log.flush()
@@ -255,7 +258,7 @@ class _Run:
         config, recipe = self.config, self.recipe
         count = arithmetic.parameters(config.model, config.data.seq_len)
         tokens = step * recipe.batch_tokens
-        found = self.last_score
+        found = self.last_score if status == "done" else None
         return {
             "schema": SCHEMA,
             "status": status,
@@ -280,6 +283,7 @@ class _Run:
             "step_seconds": self.seconds["step"],
             "compile_seconds": self.seconds["compile"],
             "evaluate_seconds": self.seconds["evaluate"],
+            "data_seconds": self.seconds["data"],
             "device": description(),
         }
 

@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from lm.command import write_atomically
+
 
 class MetricsLog:
     """Appends to a run's log. Opened at a step, it forgets what was logged beyond that step.
@@ -14,7 +16,7 @@ class MetricsLog:
     def __init__(self, workdir: Path, step: int, tensorboard: bool = True):
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         self._events = None
         if tensorboard:

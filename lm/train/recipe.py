@@ -1,5 +1,6 @@
 """What a run will do, from its config alone: batch, steps, rates, lengths. No jax."""
 
+import math
 from dataclasses import dataclass
 
 from lm import arithmetic
@@ -30,10 +31,11 @@ class Recipe:
         return self.flops_per_token * self.tokens
 
 
-def resolve(config: Config) -> Recipe:
+def resolve(config: Config, data_axis: int = 1) -> Recipe:
     """Applies the config's rules for length, batch, rate and warmup.
 
-    Raises ``BadInput`` where accumulation does not divide the batch.
+    ``data_axis`` is the mesh's: a rule's batch becomes a multiple of it (times accumulation).
+    Raises ``BadInput`` where a given batch is none.
     """
     model, train, optimizer = config.model, config.train, config.optimizer
     seq_len = config.data.seq_len
@@ -42,14 +44,15 @@ def resolve(config: Config) -> Recipe:
     tokens = train.flops / flops_per_token if train.flops else train.tokens
 
     wanted = arithmetic.batch_tokens(train.batch_rule, train.batch_tokens, params, tokens) / seq_len
-    # A rule's batch is rounded onto a ladder so that compiled programs recur; a given one is not.
-    sequences = max(
-        1, round(wanted) if train.batch_rule == "fixed" else arithmetic.round_batch(wanted)
-    )
-    if sequences % train.accumulation:
+    multiple = data_axis * train.accumulation
+    if train.batch_rule == "fixed":
+        sequences = max(1, round(wanted))
+    else:  # a rule's batch is rounded onto a ladder, so that compiled programs recur
+        sequences = math.ceil(arithmetic.round_batch(wanted) / multiple) * multiple
+    if sequences % multiple:
         raise BadInput(
-            f"train.accumulation = {train.accumulation}:"
-            f" must divide the batch of {sequences} sequences"
+            f"a batch of {sequences} sequences: must be a multiple of the mesh's data axis,"
+            f" {data_axis}, times train.accumulation = {train.accumulation}"
         )
     batch_tokens = sequences * seq_len
     n_steps = max(1, round(tokens / batch_tokens))
@@ -95,3 +98,35 @@ def resolve(config: Config) -> Recipe:
         tokens=tokens,
         branch_step=branch_step,
     )
+
+
+def check_vocabulary(config: Config, tokenizers: int) -> None:
+    """Raises ``BadInput`` where the model has fewer ids than the tokenizer."""
+    if config.model.vocab_size < tokenizers:
+        raise BadInput(
+            f"model.vocab_size = {config.model.vocab_size}: must be at least the tokenizer's"
+            f" {tokenizers} ({config.data.tokenizer})"
+        )
+
+
+def branch_step(shorter: Config, longer: Config, data_axis: int = 1) -> int:
+    """The step from which the ``wsd`` run ``longer`` can continue ``shorter``: where that decays.
+
+    Raises ``BadInput`` where the two differ before that step, naming in what.
+    """
+    a, b = resolve(shorter, data_axis), resolve(longer, data_axis)
+    before_decay = {
+        "schedule": [c.optimizer.schedule for c in (shorter, longer)],
+        "model": [shorter.model, longer.model],
+        "seed": [shorter.train.seed, longer.train.seed],
+        "batch_tokens": [a.batch_tokens, b.batch_tokens],
+        "rate": [a.schedule.peak, b.schedule.peak],
+        "matrices' rate": [a.schedule.matrix_scale, b.schedule.matrix_scale],
+        "warmup": [a.schedule.warmup, b.schedule.warmup],
+    }
+    for name, (old, new) in before_decay.items():
+        if old != new:
+            raise BadInput(f"to branch, both runs must have one {name}: {old} is not {new}")
+    if a.branch_step is None or a.branch_step > b.branch_step:
+        raise BadInput("to branch, both runs must be 'wsd' and the new one the longer")
+    return a.branch_step

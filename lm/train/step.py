@@ -102,20 +102,26 @@ class Program:
     def train(
         self, state: State, batches: Batch, n_steps: int, schedule: Schedule
     ) -> tuple[State, Metrics]:
-        """Runs the first ``n_steps`` of ``batches`` (leading axis: step). ``state`` is donated."""
+        """Runs the first ``n_steps`` of ``batches``, which ``put`` gave. ``state`` is donated."""
         schedule = Schedule(*(np.float32(x) for x in schedule))
-        return self._run_train(
-            state, self._put(batches, None, "batch", "sequence"), np.int32(n_steps), schedule
-        )
+        return self._run_train(state, batches, np.int32(n_steps), schedule)
+
+    def put(self, batches: Batch) -> Batch:
+        """The rows of ``batches`` (n, B, T; the leading axis is the step) laid over the mesh."""
+        return self._put(batches, None, "batch", "sequence")
 
     def nats(self, params: Any, batch: Batch) -> jax.Array:
         """The sum of nats over a batch."""
         return self._run_nats(params, self._put(batch, "batch", "sequence"))
 
     def _put(self, batch: Batch, *logical: str | None) -> Batch:
-        """This host's rows as global arrays on the mesh."""
+        """A global batch, the same on every host, of which each device takes its own rows."""
         sharding = named_sharding(self.mesh, *logical)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+        def lay(x):
+            return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
+
+        return jax.tree.map(lay, batch)
 
     def _nats(self, params, batch: Batch) -> jax.Array:
         logits_BTV = self.decoder.apply(

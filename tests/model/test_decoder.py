@@ -135,7 +135,7 @@ def reference(config, params, inputs_BT=INPUTS_BT, segments_BT=None, positions_B
             angle = positions[:, None] / 10_000 ** (
                 2 * np.arange(config.d_model // 2) / config.d_model
             )
-            x = x.copy()
+            x = x * np.sqrt(config.d_model)
             x[:, 0::2] += np.sin(angle)
             x[:, 1::2] += np.cos(angle)
         for i in range(config.n_layers):

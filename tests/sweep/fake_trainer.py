@@ -59,6 +59,7 @@ def train(config: Config, workdir, *, programs, dataset, progress, start_from) -
         "wall_seconds": 2.0,
         "step_seconds": 1.0,
         "compile_seconds": 0.5,
+        "data_seconds": 0.1,
         "evaluate_seconds": 0.25,
         "device": "fake",
         "start_from": start_from,

@@ -142,7 +142,13 @@ def test_seconds_left_are_by_the_flops_of_this_call(tmp_path):
 def test_the_account_adds_up(tmp_path):
     study, _, _ = begun_study(tmp_path)
     row = study.store.rows()[0]
-    row.update(step_seconds=40.0, compile_seconds=5.0, evaluate_seconds=2.0, wall_seconds=50.0)
+    row.update(
+        step_seconds=40.0,
+        compile_seconds=5.0,
+        evaluate_seconds=2.0,
+        data_seconds=0.0,
+        wall_seconds=50.0,
+    )
     account = launch.account(study, workers=2, wall_seconds=30.0)
     assert account["overhead"] == pytest.approx(60 / 40)
     assert sum(account["seconds"].values()) == pytest.approx(60)
@@ -233,3 +239,31 @@ def test_a_real_sweep_in_processes_equals_one_inline(config_file, tmp_path, caps
         tables.append({r["run_id"]: (r["params"], r["tokens"]) for r in store.rows()})
         assert all(1 < r["loss"] < 6 and r["status"] == "done" for r in store.rows())
     assert tables[0] == tables[1] and len(tables[0]) == 4
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("--config.train.accumulation=7", "times train.accumulation = 7"),
+        ("--config.model.vocab_size=100", "model.vocab_size = 100: must be at least"),
+    ],
+)
+def test_what_no_run_could_train_is_refused_before_anything_is_written(
+    override, says, text_data, tmp_path, capsys
+):
+    argv = [
+        "lm.sweep",
+        "--config=configs/isoflop_cpu.py:smoke",
+        f"--workdir={tmp_path / 'study'}",
+        "--config.train.batch_rule=fixed",
+        "--config.train.batch_tokens=256",
+        "--config.data.corpus=text",
+        f"--config.data.files={text_data.files}",
+        f"--config.data.data_dir={text_data.data_dir}",
+        "--config.data.seq_len=64",
+        "--config.data.validation_tokens=1024",
+        override,
+    ]
+    assert command.run(sweep.main, sweep.FLAGS, sweep.__doc__, argv) == command.BAD_INPUT
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()

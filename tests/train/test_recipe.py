@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lm import arithmetic
 from lm.command import BadInput
 from lm.config import Config, replace
-from lm.train.recipe import resolve
+from lm.train.recipe import branch_step, resolve
 
 
 def test_a_budget_becomes_tokens_through_exact_flops():
@@ -61,8 +61,35 @@ def test_wsd_decays_its_share_at_the_end():
 
 
 def test_accumulation_must_divide_the_batch():
-    with pytest.raises(BadInput, match="train.accumulation = 3: must divide the batch of 16"):
+    with pytest.raises(BadInput, match="batch of 16 sequences: .* train.accumulation = 3"):
         resolve(replace(Config(), train={"accumulation": 3}))
+
+
+def test_a_ruled_batch_fits_the_mesh_and_a_given_one_must():
+    ruled = replace(Config(), train={"tokens": 1e6, "batch_rule": "step_law", "batch_tokens": 1.0})
+    assert resolve(ruled).sequences % 16 and resolve(ruled, 16).sequences % 16 == 0
+    with pytest.raises(BadInput, match="multiple of the mesh's data axis, 5"):
+        resolve(Config(), 5)
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"optimizer": {"learning_rate": 0.1}}, "rate"),
+        ({"optimizer": {"warmup": 9.0}}, "warmup"),
+        ({"train": {"tokens": 4e6, "seed": 2}}, "seed"),
+        ({"train": {"tokens": 4e6, "batch_tokens": 1024.0}}, "batch_tokens"),
+        ({"model": {"d_ff": 88}}, "model"),
+        ({"optimizer": {"schedule": "cosine"}}, "schedule"),
+        ({"train": {"tokens": 1e6}}, "longer"),
+    ],
+)
+def test_branches_share_all_that_comes_before_the_decay(changed, named):
+    short = replace(Config(), optimizer={"schedule": "wsd", "warmup": 0.01})
+    long = replace(short, train={"tokens": 4e6})
+    assert branch_step(short, long) == resolve(short).branch_step < resolve(long).branch_step
+    with pytest.raises(BadInput, match=named):
+        branch_step(short, replace(long, **changed))
 
 
 def test_planning_needs_no_jax():

@@ -32,7 +32,7 @@ def train(config=CONFIG, devices=1, n_steps=4, given=None, dispatches=1):
     program = Program(config, make_mesh(config.mesh, jax.devices()[:devices]))
     state = program.init(seed=1)
     for _ in range(dispatches):
-        state, metrics = program.train(state, given or batches(), n_steps, SCHEDULE)
+        state, metrics = program.train(state, program.put(given or batches()), n_steps, SCHEDULE)
     return jax.device_get(state), jax.device_get(metrics), program
 
 
@@ -75,7 +75,7 @@ def test_under_width_only_matrices_are_scaled():
     still = SCHEDULE._replace(matrix_scale=0.0)
     program = Program(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
     before = jax.device_get(program.init(seed=1).params)
-    state, _ = program.train(program.init(seed=1), batches(), 4, still)
+    state, _ = program.train(program.init(seed=1), program.put(batches()), 4, still)
     moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), before, jax.device_get(state.params))
     for path, value in jax.tree_util.tree_leaves_with_path(moved):
         assert value != (path[-1].key == "kernel"), path
@@ -94,7 +94,7 @@ def test_one_step_a_dispatch_is_the_same_run(plain):
     losses = []
     for i in range(4):
         one = jax.tree.map(lambda x, i=i: np.roll(x, -i, axis=0), batches())
-        state, metrics = program.train(state, one, 1, SCHEDULE)
+        state, metrics = program.train(state, program.put(one), 1, SCHEDULE)
         losses.append(float(metrics.loss[0]))
     np.testing.assert_array_equal(np.float32(losses), plain[1].loss)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), plain[0])
@@ -120,7 +120,7 @@ def test_scan_and_remat_are_the_same_run(plain):
             params = {k: v for k, v in plain[2].init(seed=1).params.items() if "layer_" not in k}
             params["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
             state = state._replace(params=params)
-        _, metrics = program.train(state, batches(), 4, SCHEDULE)
+        _, metrics = program.train(state, program.put(batches()), 4, SCHEDULE)
         np.testing.assert_allclose(metrics.loss, plain[1].loss, rtol=1e-5)
 
 
