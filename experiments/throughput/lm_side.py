@@ -91,7 +91,7 @@ def run(args, shape: Shape) -> dict:
         rows = (done + np.arange(shape.steps_per_call)) % len(data_NBT)
         done += n
         batch = Batch(data_NBT[rows, :, :-1], data_NBT[rows, :, 1:])
-        state, metrics = program.train(state, batch, n, schedule)
+        state, metrics = program.train(state, program.put(batch), n, schedule)
         return np.asarray(metrics.loss)[:n].tolist()
 
     return measure(train, shape.steps_per_call, args.loss_steps)
