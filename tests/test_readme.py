@@ -62,11 +62,10 @@ def folder(tmp_path_factory, text_data):
     return folder
 
 
-@pytest.mark.parametrize(
-    "page",
-    [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))],
-    ids=lambda page: page.parent.name,
-)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_pages_are_whole(page):
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"@[A-Z]+@|TODO", text)
@@ -75,10 +74,8 @@ def test_pages_are_whole(page):
 
 
 def test_every_command_is_run_somewhere():
-    continuous = (ROOT / ".ci" / "run").read_text()
-    assert {"make test", "make isoflop STUDY=smoke", "make test-slow"} <= set(
-        continuous.split("\n")
-    )
+    continuous = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert {"make test", "make isoflop STUDY=smoke", "make test-slow"} <= set(continuous)
     known = {"make isoflop", "make test", *TUTORIAL, *PLANS, *ON_ACCELERATORS}
     assert [command for command in COMMANDS if command not in known] == []
     assert len(TUTORIAL) == 5 and len(PLANS) == 3 and len(ON_ACCELERATORS) == 2
