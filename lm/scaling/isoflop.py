@@ -53,7 +53,7 @@ class Profile:
         if self.coefficients.size:
             y = np.polyval(self.coefficients, x - self.center)
         elif inside.size >= FEWEST_RUNS["akima"]:
-            y = Akima1DInterpolator(inside, self.loss[self.used])(x)
+            y = Akima1DInterpolator(*_averaged(inside, self.loss[self.used]))(x)
         else:
             y = np.full(np.shape(x), np.nan)
         return np.where((x >= inside[0] - 1e-9) & (x <= inside[-1] + 1e-9), y, np.nan)
@@ -251,9 +251,7 @@ class _ProfileFit:
             self.reason = "no interior minimum (it lies at or outside the sampled sizes)"
 
     def _average_repeats(self) -> None:
-        """Interpolation wants one loss a size: seeds of the same size are averaged."""
-        self.x, where = np.unique(self.x, return_inverse=True)
-        self.loss = np.bincount(where, self.loss) / np.bincount(where)
+        self.x, self.loss = _averaged(self.x, self.loss)
 
     def _measure_noise(self) -> None:
         """Relative residuals of the polynomial. Akima has none: there those of a cubic through the
@@ -313,14 +311,20 @@ class _ProfileFit:
         return float(_akima_minima(self.x, self.loss[:, None])[1][0])
 
     def profile(self, minimum: Optimum | None, sd: float) -> Profile:
-        sizes, first = np.unique(self.x, return_index=True)
+        sizes, losses = _averaged(self.x, self.loss)
         akima = np.nan
         if len(sizes) >= FEWEST_RUNS["akima"]:
-            akima = float(np.exp(_akima_minima(sizes, self.loss[first][:, None])[0][0]))
+            akima = float(np.exp(_akima_minima(sizes, losses[:, None])[0][0]))
         return Profile(
             self.flops, self.runs.params, self.runs.tokens, self.runs.loss, self.runs.run_id,
             self.used, self.center, self.coefficients, minimum, sd, akima, self.reason,
         )  # fmt: skip
+
+
+def _averaged(x: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolation wants one loss a size: seeds of the same size are averaged."""
+    sizes, where = np.unique(x, return_inverse=True)
+    return sizes, np.bincount(where, loss) / np.bincount(where)
 
 
 def _cubic_minimum(c3, c2, c1):

@@ -72,6 +72,23 @@ def test_akima_is_scipys_interpolant_minimised():
         assert profile.curve(profile.params) == pytest.approx(profile.loss)
 
 
+def test_seeds_of_one_size_are_averaged_where_an_interpolation_passes(noisy_table):
+    once = noisy_table()
+    twice = RunTable.from_arrays(
+        params=np.tile(once.params, 2),
+        flops=np.tile(once.flops, 2),
+        loss=np.concatenate([once.loss + 0.01, once.loss - 0.01]),
+        seed=np.repeat([0, 1], len(once)),
+    )
+    for estimator in ("parabola", "akima"):
+        one = fit_isoflop(once, budgets=0.1, estimator=estimator, bootstrap=0)
+        two = fit_isoflop(twice, budgets=0.1, estimator=estimator, bootstrap=0)
+        for alone, repeated in zip(one.profiles, two.profiles, strict=True):
+            assert repeated.akima == pytest.approx(alone.akima, rel=1e-6)
+            assert repeated.minimum.params == pytest.approx(alone.minimum.params, rel=1e-6)
+            assert repeated.curve(alone.params) == pytest.approx(alone.curve(alone.params))
+
+
 def test_profiles_without_a_minimum_are_left_out_by_name():
     def loss(x, i):
         if i == 1:
