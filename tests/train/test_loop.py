@@ -181,3 +181,13 @@ def test_the_command_needs_a_workdir(capsys):
     argv = ["lm.train", "--config=configs/tiny.py"]
     assert command.run(main.main, main.FLAGS, main.__doc__, argv) == command.BAD_INPUT
     assert "--workdir is missing" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    argv = ["lm.train", "--config=configs/tiny.py", f"--workdir={tmp_path}"]
+    assert command.run(main.main, main.FLAGS, main.__doc__, argv) == command.PREEMPTED
+    assert "the same command goes on" in capsys.readouterr().out
