@@ -53,8 +53,7 @@ def get_config(study="quick"):
     config.train.checkpoint_every = -1
     config.train.tensorboard = False
 
-    # One depth and one head width, so that nothing but the width differs between sizes: a step in
-    # depth or heads shows in the losses and moves the minima.
+    # One depth and one head width, so that nothing but the width differs between sizes.
     config.sweep.widths = (*range(8, 81, 8), 96, 112, 128, 144, 160, 192, 224, 256)
     config.sweep.head_width = 8
     config.sweep.aspect = 1e6
