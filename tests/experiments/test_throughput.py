@@ -26,7 +26,6 @@ def test_fifty_losses_agree_with_pytorch(run):
     assert row["largest_loss_difference"] < run.LOSS_TOLERANCE
     first, last = row["first_and_last_loss"]
     assert last < 0.8 * first  # there was something to agree on
-    assert row["ratio"] > 0
 
 
 def test_without_pytorch_it_says_what_to_install():

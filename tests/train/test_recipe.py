@@ -1,5 +1,3 @@
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,4 +99,3 @@ def test_planning_needs_no_jax():
         "resolve(Config()); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert math.isfinite(resolve(Config()).flops)
