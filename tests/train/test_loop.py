@@ -11,6 +11,7 @@ from lm.checkpoint import Checkpoints, abstract_like
 from lm.command import BadInput
 from lm.config import Config, MeshConfig, ModelConfig, replace, to_dict
 from lm.data import open_dataset
+from lm.score import Score
 from lm.sharding import make_mesh
 from lm.train import __main__ as main
 from lm.train import loop
@@ -86,7 +87,7 @@ def test_the_result_is_the_score_of_the_final_state(config, programs, tmp_path):
 
 
 def test_resumed_is_bit_identical_to_undisturbed(config, programs, tmp_path, monkeypatch):
-    config = replace(config, train={"checkpoint_every": 7, "evaluate_every": 10})
+    config = replace(config, train={"checkpoint_every": 7, "evaluate_every": 5})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     wanted = loop.train(config, whole, programs=programs)
 
@@ -100,6 +101,9 @@ def test_resumed_is_bit_identical_to_undisturbed(config, programs, tmp_path, mon
     with pytest.raises(Killed):
         loop.train(config, parts, programs=programs, progress=kill)
     assert not (parts / "result.json").exists()
+    assert (
+        sorted(int(p.name) for p in (parts / "checkpoints").iterdir() if p.name.isdigit())[-1] == 14
+    )
     assert (
         read_metrics(parts)[-1]["step"] >= 15
     )  # beyond the checkpoint of step 14: forgotten again
@@ -132,7 +136,14 @@ def test_a_diverged_run_says_so(config, tmp_path):
     explosive = replace(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0})
     result = loop.train(explosive, tmp_path)
     assert result["status"] == "diverged" and result["loss"] is None
+    assert result["tokens"] == 16 * 64 * 8  # it ended with the dispatch that diverged
     assert read_metrics(tmp_path)[-1]["train_loss"] is None
+
+
+def test_a_score_that_is_no_number_is_divergence_too(config, programs, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "score", lambda *_: Score(math.nan, math.nan, 1))
+    result = loop.train(config, tmp_path, programs=programs)
+    assert result["status"] == "diverged" and result["loss"] is None
 
 
 def test_a_branch_is_the_longer_run_itself(config, tmp_path):
@@ -185,15 +196,15 @@ def test_slow_reading_is_no_step_time_on_cpu_and_no_speed_either(config, program
             return getattr(self._dataset, name)
 
         def batches(self, *arguments):
-            time.sleep(0.5)
+            time.sleep(1)
             return self._dataset.batches(*arguments)
 
     result = loop.train(
         config, tmp_path, programs=programs, dataset=Slow(open_dataset(config.data))
     )
-    assert 1.0 <= result["data_seconds"] < result["wall_seconds"] - result["step_seconds"]
+    assert result["data_seconds"] >= 2 and result["step_seconds"] < 1
     # The second reading falls into the first dispatch of 16 steps.
-    assert read_metrics(tmp_path)[0]["tokens_per_second"] < 16 * 64 * 8 / 0.5
+    assert read_metrics(tmp_path)[0]["tokens_per_second"] < 16 * 64 * 8
 
 
 def test_the_command_needs_a_workdir(capsys):
