@@ -16,6 +16,9 @@ from lm.command import BadInput, nearest, one_of
 RULES_LEARNING_RATE = ("fixed", "width", "kaplan2020", "porian2024", "step_law")
 RULES_BATCH = ("fixed", "porian2024", "step_law")
 RULES_WARMUP = ("fixed", "params")
+REMAT = ("none", "full", "dots", "dots_with_no_batch_dims", "offload")
+ATTENTION_KERNELS = ("auto", "einsum", "cudnn", "splash")
+MESH_AXES = ("replica", "stage", "data", "context", "model")
 
 
 def _positive(section: str, values: Any, *names: str) -> None:
@@ -63,8 +66,12 @@ class ModelConfig:
     attention_soft_cap: float = 0.0  # 0: none
     logit_soft_cap: float = 0.0  # 0: none
     scan_layers: bool = False
-    remat: str = "none"  # none | full
+    # What of a layer is kept for its backward pass: none (rematerialised: all is kept) | full (its
+    # input alone) | dots | dots_with_no_batch_dims | offload (those, in the host's memory)
+    remat: str = "none"
     dtype: str = "float32"  # of the computation: float32 | bfloat16; parameters stay float32
+    quantization: str = "none"  # of the blocks' products: none | int8 | fp8
+    attention_kernel: str = "auto"  # auto (by place) | einsum | cudnn | splash
 
     def __post_init__(self):
         _positive(
@@ -86,8 +93,10 @@ class ModelConfig:
         one_of("model.norm", self.norm, ("rms", "layer"))
         one_of("model.norm_position", self.norm_position, ("pre", "post"))
         one_of("model.position", self.position, ("rope", "sinusoidal", "learned", "none"))
-        one_of("model.remat", self.remat, ("none", "full"))
+        one_of("model.remat", self.remat, REMAT)
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.quantization", self.quantization, ("none", "int8", "fp8"))
+        one_of("model.attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
         _divides("model.n_kv_heads", self.n_kv_heads, "model.n_heads", self.n_heads)
         if not self.head_width:
             _divides("model.n_heads", self.n_heads, "model.d_model", self.d_model)
@@ -180,7 +189,8 @@ class TrainConfig:
     flops: float = 0.0  # C: D follows as C / exact training FLOPs a token (0: `tokens` rules)
     batch_tokens: float = 2_048.0  # tokens an optimizer step, or the scale of batch_rule
     batch_rule: str = "fixed"  # fixed | porian2024 | step_law
-    accumulation: int = 1  # micro-batches an optimizer step
+    accumulation: int = 1  # micro-batches an optimizer step; a pipeline's too
+    loss_chunk: int = 0  # positions whose logits exist at a time (0: all)
     steps_per_dispatch: int = 16  # optimizer steps in one compiled call
     evaluate_every: int = 0  # optimizer steps between evaluations (0: at the end only)
     log_every: int = 100  # optimizer steps between lines of metrics.jsonl
@@ -189,7 +199,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _not_negative("train", self, "flops", "evaluate_every", "seed")
+        _not_negative("train", self, "flops", "evaluate_every", "seed", "loss_chunk")
         if self.checkpoint_every < -1:
             raise BadInput(f"train.checkpoint_every = {self.checkpoint_every}: must be -1 or more")
         _positive(
@@ -206,19 +216,31 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes what the other axis leaves."""
+    """Devices along each axis; -1 takes what the other axes leave."""
 
+    replica: int = 1  # whole copies, of a slice each
+    stage: int = 1  # pipeline stages
     data: int = -1
+    context: int = 1  # chunks of a sequence
     model: int = 1
+    # What is split over `data` too: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters
+    zero: int = 0
+    sequence_sharded: bool = False  # the residual stream and its norms are split over `model`
+    rounds: int = 1  # times a micro-batch passes each stage: 1 GPipe, above circular
+    experts: str = "model"  # the axis that experts lie on: model | data
 
     def __post_init__(self):
-        for name in ("data", "model"):
+        for name in MESH_AXES:
             if getattr(self, name) != -1 and getattr(self, name) < 1:
                 raise BadInput(
                     f"mesh.{name} = {getattr(self, name)}: must be at least 1, or -1 for the rest"
                 )
-        if self.data == self.model == -1:
-            raise BadInput("mesh.data = mesh.model = -1: only one axis can take what is left")
+        rest = [f"mesh.{name}" for name in MESH_AXES if getattr(self, name) == -1]
+        if len(rest) > 1:
+            raise BadInput(f"{' = '.join(rest)} = -1: only one axis can take what is left")
+        one_of("mesh.zero", self.zero, (0, 1, 2, 3))
+        one_of("mesh.experts", self.experts, ("model", "data"))
+        _positive("mesh", self, "rounds")
 
 
 @dataclass(frozen=True)
@@ -292,6 +314,8 @@ class Config:
                 f"model.sliding_window = {self.model.sliding_window}:"
                 f" must be at most data.seq_len = {self.data.seq_len}"
             )
+        if self.train.loss_chunk:
+            _divides("train.loss_chunk", self.train.loss_chunk, "data.seq_len", self.data.seq_len)
         if self.sweep.branches and self.optimizer.schedule != "wsd":
             raise BadInput(
                 f"sweep.branches = True with optimizer.schedule = {self.optimizer.schedule!r}:"

@@ -82,7 +82,7 @@ def test_a_file_and_its_overrides(write):
         ("d_model=3", "did you mean 'model.d_model'? (known: data, mesh, model, name,"),
         ("modle.d_model=3", "did you mean 'model.d_model'?"),
         ("model.d_model.x=3", "--config.model.d_model.x: unknown key"),
-        ("model=3", "--config.model: a section; set one of attention_soft_cap"),
+        ("model=3", "--config.model: a section; set one of attention_kernel"),
         ("model.tied", "must be written --config.model.tied=VALUE"),
         ("model.d_model=wide", "model.d_model = 'wide': must be of type int, not str"),
         ("model.d_model=3.5", "model.d_model = 3.5: must be of type int, not float"),

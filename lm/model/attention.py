@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lm.config import ModelConfig
 from lm.model import rotary
 from lm.model.layers import Linear, Norm
+from lm.sharding import constrain
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
@@ -137,7 +138,11 @@ class Attention(nn.Module):
         if c.position == "rope":
             query_BTNH = rotary.rotate(query_BTNH, positions_BT, c.rope_base)
             key_BSKH = rotary.rotate(key_BSKH, positions_BT, c.rope_base)
+        query_BTNH = constrain(query_BTNH, "batch", "positions", "act_heads", None)
+        key_BSKH = constrain(key_BSKH, "batch", "keys", "act_kv_heads", None)
+        value_BSKH = constrain(value_BSKH, "batch", "keys", "act_kv_heads", None)
         out_BTNH = attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS, c.attention_soft_cap)
+        out_BTNH = constrain(out_BTNH, "batch", "positions", "act_heads", None)
         return Linear(
             c.d_model, ("heads", "embed"), (2 * c.n_layers) ** -0.5, dtype=c.dtype, name="out"
         )(out_BTNH.reshape(b, t, -1))

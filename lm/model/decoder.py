@@ -5,6 +5,8 @@ B batch, T query position, S key position, D model width, F feed-forward width, 
 K key/value heads, G query heads a key/value head, H head width, L layers, V vocabulary.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,17 @@ import jax.numpy as jnp
 from lm.config import ModelConfig
 from lm.model.attention import Attention, allowed
 from lm.model.feedforward import FeedForward
-from lm.model.layers import Linear, norm, sinusoidal
-from lm.sharding import constrain, partitioned
+from lm.model.layers import Norm, Unembedding, sinusoidal
+from lm.model.loss import logits
+from lm.sharding import constrain, gather, partitioned
+
+# What a rematerialised layer keeps besides its input; jax's policies by their own names.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 class Block(nn.Module):
@@ -21,22 +32,44 @@ class Block(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        self.attention_norm = Norm(c.norm, c.norm_eps)
+        self.attention = Attention(c)
+        self.feed_forward_norm = Norm(c.norm, c.norm_eps)
+        self.feed_forward = FeedForward(c)
+
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array
     ) -> tuple[jax.Array, None]:
-        c = self.config
-        attention = Attention(c, name="attention")
-        feed_forward = FeedForward(c, name="feed_forward")
-        attention_norm, feed_forward_norm = norm(c, "attention_norm"), norm(c, "feed_forward_norm")
-        if c.norm_position == "pre":
-            x_BTD += attention(attention_norm(x_BTD), positions_BT, mask_BTS)
-            x_BTD += feed_forward(feed_forward_norm(x_BTD))
+        """The residual stream, and what nn.scan stacks."""
+
+        def attend(y_BTD):
+            y_BTD = constrain(y_BTD, "batch", "positions", "features")
+            y_BTD = self.attention(y_BTD, positions_BT, mask_BTS)
+            return constrain(y_BTD, "batch", "sequence", "features")
+
+        def feed_forward(y_BTD):
+            y_BTD = constrain(y_BTD, "batch", "positions", "features")
+            y_BTD = self.feed_forward(y_BTD)
+            return constrain(y_BTD, "batch", "sequence", "features")
+
+        if self.config.norm_position == "pre":
+            x_BTD += attend(self.attention_norm(x_BTD))
+            x_BTD += feed_forward(self.feed_forward_norm(x_BTD))
         else:
-            x_BTD = attention_norm(x_BTD + attention(x_BTD, positions_BT, mask_BTS))
-            x_BTD = feed_forward_norm(x_BTD + feed_forward(x_BTD))
-        x_BTD = constrain(x_BTD, "batch", "sequence", "features")
-        return x_BTD, None  # the carry and output that nn.scan expects
+            x_BTD = self.attention_norm(x_BTD + attend(x_BTD))
+            x_BTD = self.feed_forward_norm(x_BTD + feed_forward(x_BTD))
+        return constrain(x_BTD, "batch", "sequence", "features"), None
+
+
+def rematerialised(config: ModelConfig) -> type[Block]:
+    """``Block`` under the config's policy of what its backward pass recomputes."""
+    if config.remat == "none":
+        return Block
+    # Inside a scan nothing can be shared between the two computations anyway.
+    policy = REMAT_POLICIES[config.remat]
+    return nn.remat(Block, prevent_cse=not config.scan_layers, policy=policy)
 
 
 class Decoder(nn.Module):
@@ -45,7 +78,31 @@ class Decoder(nn.Module):
     config: ModelConfig
     max_positions: int  # the longest sequence, which learned positions need
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        init = partitioned(nn.initializers.normal(c.d_model**-0.5), "vocab", "embed")
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
+        if c.position == "learned":
+            init = partitioned(nn.initializers.normal(0.02), "position", "embed")
+            shape = (self.max_positions, c.d_model)
+            self.positions = self.param("positions", init, shape, jnp.float32)
+        block = rematerialised(c)
+        if c.scan_layers:
+            self.layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=c.n_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c)
+        else:
+            self.layer = [block(c) for _ in range(c.n_layers)]
+        if c.norm_position == "pre":
+            self.final_norm = Norm(c.norm, c.norm_eps)
+        if not c.tied:
+            self.head = Unembedding(c)
+
     def __call__(
         self,
         inputs_BT: jax.Array,
@@ -57,50 +114,53 @@ class Decoder(nn.Module):
         ``segments_BT`` (int32, a number a document) stops attention at document borders;
         ``positions_BT`` (int32) restarts positions there. Without them a row is one document.
         """
+        x_BTD, _ = self.hidden(inputs_BT, segments_BT, positions_BT)
+        return logits(x_BTD, self.unembedding(), self.config.logit_soft_cap)
+
+    def hidden(
+        self,
+        inputs_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """What the head reads, (B, T, D), and the layers' routing (None: no layer routes)."""
+        n_positions = inputs_BT.shape[1]
+        if positions_BT is None:
+            positions_BT = jnp.arange(n_positions)[None]
+        mask_BTS = allowed(n_positions, self.config.sliding_window, segments_BT)
+        x_BTD = self.embed(inputs_BT, positions_BT)
+        if self.config.scan_layers:
+            x_BTD, routing = self.layers(x_BTD, positions_BT, mask_BTS)
+        else:
+            routing = None
+            for layer in self.layer:
+                x_BTD, routing = layer(x_BTD, positions_BT, mask_BTS)
+        return self.last(x_BTD), routing
+
+    def embed(self, inputs_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """What the first layer reads, (B, T, D)."""
         c = self.config
         n_positions = inputs_BT.shape[1]
         if c.position in ("sinusoidal", "learned") and n_positions > self.max_positions:
             last = self.max_positions
             raise ValueError(f"{n_positions} positions: {c.position} ones end at {last}")
-        if positions_BT is None:
-            positions_BT = jnp.arange(n_positions)[None]
-        mask_BTS = allowed(n_positions, c.sliding_window, segments_BT)
-
-        init = partitioned(nn.initializers.normal(c.d_model**-0.5), "vocab", "embed")
-        embedding_VD = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
-        x_BTD = embedding_VD.astype(c.dtype)[inputs_BT]
+        embedding_VD = gather(self.embedding.astype(c.dtype), "vocab", "embed")
+        x_BTD = embedding_VD[inputs_BT]
         if c.position == "sinusoidal":
             x_BTD *= c.d_model**0.5  # as the paper has it: a sine is as large as an embedding
             x_BTD += sinusoidal(self.max_positions, c.d_model).astype(c.dtype)[positions_BT]
         elif c.position == "learned":
-            init = partitioned(nn.initializers.normal(0.02), "position", "embed")
-            shape = (self.max_positions, c.d_model)
-            x_BTD += self.param("positions", init, shape, jnp.float32).astype(c.dtype)[positions_BT]
-        x_BTD = constrain(x_BTD, "batch", "sequence", "features")
+            table_TD = gather(self.positions.astype(c.dtype), "position", "embed")
+            x_BTD += table_TD[positions_BT]
+        return constrain(x_BTD, "batch", "sequence", "features")
 
-        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat == "full" else Block
-        if c.scan_layers:
-            layers = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=c.n_layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, name="layers")
-            x_BTD, _ = layers(x_BTD, positions_BT, mask_BTS)
-        else:
-            for i in range(c.n_layers):
-                x_BTD, _ = block(c, name=f"layer_{i}")(x_BTD, positions_BT, mask_BTS)
-        if c.norm_position == "pre":
-            x_BTD = norm(c, "final_norm")(x_BTD)
+    def last(self, x_BTD: jax.Array) -> jax.Array:
+        """The last layer's output as the head reads it."""
+        x_BTD = self.final_norm(x_BTD) if self.config.norm_position == "pre" else x_BTD
+        return constrain(x_BTD, "batch", "positions", "features")
 
-        if c.tied:
-            x_RD, embedding_DV = x_BTD.reshape(-1, c.d_model), embedding_VD.T.astype(c.dtype)
-            logits_BTV = (x_RD @ embedding_DV).reshape(*inputs_BT.shape, -1)
-        else:
-            logits_BTV = Linear(c.vocab_size, ("embed", "vocab"), dtype=c.dtype, name="head")(x_BTD)
-        logits_BTV = logits_BTV.astype(jnp.float32)
-        if c.logit_soft_cap:
-            logits_BTV = c.logit_soft_cap * jnp.tanh(logits_BTV / c.logit_soft_cap)
-        return logits_BTV
+    def unembedding(self) -> jax.Array:
+        """The head's matrix, (D, V), as it is computed with."""
+        if not self.config.tied:
+            return self.head()
+        return gather(self.embedding.astype(self.config.dtype), "vocab", "embed").T

@@ -5,6 +5,7 @@ import jax
 
 from lm.config import ModelConfig
 from lm.model.layers import Linear
+from lm.sharding import constrain
 
 ACTIVATIONS = {"swiglu": nn.silu, "geglu": nn.gelu, "gelu": nn.gelu, "relu": nn.relu}
 GATED = ("swiglu", "geglu")
@@ -25,6 +26,7 @@ class FeedForward(nn.Module):
             hidden_BTF = activation(gate_BTF) * up_BTF
         else:
             hidden_BTF = activation(up_BTF)
+        hidden_BTF = constrain(hidden_BTF, "batch", "positions", "act_ff")
         return Linear(
             c.d_model, ("ff", "embed"), (2 * c.n_layers) ** -0.5, dtype=c.dtype, name="down"
         )(hidden_BTF)

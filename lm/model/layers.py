@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
-from lm.sharding import partitioned
+from lm.sharding import gather, is_split, partitioned
 
 
 class Linear(nn.Module):
@@ -25,11 +25,26 @@ class Linear(nn.Module):
             "kernel", partitioned(init, *self.axes), (fan_in, self.features), jnp.float32
         )
         # Two axes: the backward of (B, T, D) @ (D, F) is slow in XLA on CPU; no worse elsewhere.
-        y = x.reshape(-1, fan_in) @ kernel.astype(self.dtype)
+        # But positions over several devices have no place in one axis with the batch.
+        rows = x if is_split("positions") else x.reshape(-1, fan_in)
+        y = rows @ gather(kernel.astype(self.dtype), *self.axes)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, self.axes[1])
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
+
+
+class Unembedding(nn.Module):
+    """The head's matrix, (D, V), in the config's dtype."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        c = self.config
+        init = partitioned(nn.initializers.normal(c.d_model**-0.5), "embed", "vocab")
+        kernel = self.param("kernel", init, (c.d_model, c.vocab_size), jnp.float32)
+        return gather(kernel.astype(c.dtype), "embed", "vocab")
 
 
 class Norm(nn.Module):
@@ -62,8 +77,3 @@ def sinusoidal(n_positions: int, d_model: int) -> jax.Array:
     """Sines in the even columns, cosines in the odd ones (Vaswani et al. 2017, 3.5); (T, D)."""
     angle = jnp.arange(n_positions)[:, None] / 10_000 ** (jnp.arange(0, d_model, 2) / d_model)
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(n_positions, d_model)
-
-
-def norm(config: ModelConfig, name: str) -> Norm:
-    """The config's norm."""
-    return Norm(config.norm, config.norm_eps, name=name)

@@ -17,7 +17,7 @@ from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, claim, load_config
 from lm.command import BadInput, write_atomically
 from lm.config import Config
 from lm.score import Score, score
-from lm.sharding import make_mesh
+from lm.sharding import batch_shards, make_mesh
 from lm.train.device import description, matmul_peak
 from lm.train.metrics import MetricsLog
 from lm.train.recipe import Recipe, branch_step, check_vocabulary, resolve
@@ -65,7 +65,7 @@ def train(
     """
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh)
-    recipe = resolve(config, mesh.shape["data"])
+    recipe = resolve(config, batch_shards(mesh))
     dataset = dataset or data.open_dataset(config.data)
     check_vocabulary(config, dataset.vocab_size)
     programs = {} if programs is None else programs
@@ -168,8 +168,8 @@ class _Run:
                 self.last_score = Score(**meta["validation"])
             return state, int(state.step)
         if start_from is not None:
-            shorter, data_axis = load_config(Path(start_from)), self.program.mesh.shape["data"]
-            at = branch_step(shorter, self.config, data_axis)
+            shorter = load_config(Path(start_from))
+            at = branch_step(shorter, self.config, batch_shards(self.program.mesh))
             checkpoints = Checkpoints(Path(start_from))
             found = checkpoints.restore(abstract, at)
             checkpoints.close()
@@ -203,7 +203,7 @@ class _Run:
     def _evaluate(self, state: State) -> Score:
         """The validation score of ``state``."""
         compiling, started = self.program.compile_seconds, time.perf_counter()
-        sequences = math.lcm(EVALUATION_SEQUENCES, self.program.mesh.shape["data"])
+        sequences = math.lcm(EVALUATION_SEQUENCES, batch_shards(self.program.mesh))
         self.last_score = score(
             lambda batch: self.program.nats(state.params, batch),
             self.dataset.validation(sequences),

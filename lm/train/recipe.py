@@ -31,10 +31,11 @@ class Recipe:
         return self.flops_per_token * self.tokens
 
 
-def resolve(config: Config, data_axis: int = 1) -> Recipe:
+def resolve(config: Config, batch_shards: int = 1) -> Recipe:
     """Applies the config's rules for length, batch, rate and warmup.
 
-    ``data_axis`` is the mesh's: a rule's batch becomes a multiple of it (times accumulation).
+    ``batch_shards`` is the mesh's replica x data: a rule's batch becomes a multiple of it (times
+    accumulation).
     Raises ``BadInput`` where a given batch is none.
     """
     model, train, optimizer = config.model, config.train, config.optimizer
@@ -44,15 +45,15 @@ def resolve(config: Config, data_axis: int = 1) -> Recipe:
     tokens = train.flops / flops_per_token if train.flops else train.tokens
 
     wanted = arithmetic.batch_tokens(train.batch_rule, train.batch_tokens, params, tokens) / seq_len
-    multiple = data_axis * train.accumulation
+    multiple = batch_shards * train.accumulation
     if train.batch_rule == "fixed":
         sequences = max(1, round(wanted))
     else:  # a rule's batch is rounded onto a ladder, so that compiled programs recur
         sequences = math.ceil(arithmetic.round_batch(wanted) / multiple) * multiple
     if sequences % multiple:
         raise BadInput(
-            f"a batch of {sequences} sequences: must be a multiple of the mesh's data axis,"
-            f" {data_axis}, times train.accumulation = {train.accumulation}"
+            f"a batch of {sequences} sequences: must be a multiple of the mesh's replica x data,"
+            f" {batch_shards}, times train.accumulation = {train.accumulation}"
         )
     batch_tokens = sequences * seq_len
     n_steps = max(1, round(tokens / batch_tokens))
@@ -109,12 +110,12 @@ def check_vocabulary(config: Config, tokenizers: int) -> None:
         )
 
 
-def branch_step(shorter: Config, longer: Config, data_axis: int = 1) -> int:
+def branch_step(shorter: Config, longer: Config, batch_shards: int = 1) -> int:
     """The step from which the ``wsd`` run ``longer`` can continue ``shorter``: where that decays.
 
     Raises ``BadInput`` where the two differ before that step, naming in what.
     """
-    a, b = resolve(shorter, data_axis), resolve(longer, data_axis)
+    a, b = resolve(shorter, batch_shards), resolve(longer, batch_shards)
     before_decay = {
         "schedule": [c.optimizer.schedule for c in (shorter, longer)],
         "model": [shorter.model, longer.model],

@@ -1,7 +1,8 @@
-"""The compiled step: several optimizer steps a dispatch, on any mesh of ``data`` and ``model``."""
+"""The compiled step: several optimizer steps a dispatch, on any mesh."""
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.config import Config
 from lm.data import Batch
-from lm.model import Decoder, cross_entropy
-from lm.sharding import named_sharding, rules, stored_shardings
+from lm.model import Decoder, head_cross_entropy
+from lm.sharding import layout, named_sharding, placed, stored_shardings
 from lm.train.optimizer import adamw, apply_updates
 from lm.train.schedule import Schedule, learning_rate
 
@@ -41,7 +42,9 @@ class Program:
     Args:
       config: model, optimizer, accumulation and steps_per_dispatch are read; what differs between
         runs of one shape (lengths, rates, seeds) is an argument of ``train``.
-      mesh: with axes ``data`` and ``model``.
+      mesh: with the axes of ``lm.sharding.mesh``.
+
+    Raises ``BadInput`` where the model does not divide over the mesh.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -49,9 +52,16 @@ class Program:
         self.compile_seconds = 0.0
         self.decoder = Decoder(config.model, config.data.seq_len)
         self.optimizer = adamw(config.optimizer)
-        self.abstract_state = jax.eval_shape(self._init, jax.random.key(0))
-        self.state_sharding = stored_shardings(self.abstract_state, mesh)
-        self.abstract_state = nn.meta.unbox(self.abstract_state)
+        boxed = jax.eval_shape(self._init, jax.random.key(0))
+        self.abstract_state = nn.meta.unbox(boxed)
+        self.layout = layout(config, mesh)
+        self.state_sharding = State(
+            NamedSharding(mesh, PartitionSpec()),
+            stored_shardings(boxed.params, mesh, self.layout.params),
+            stored_shardings(boxed.moments, mesh, self.layout.moments),
+        )
+        self.gradient_sharding = stored_shardings(boxed.params, mesh, self.layout.gradients)
+        self.moment_sharding = stored_shardings(boxed.params, mesh, self.layout.moments)
         # Run once and 0.1 s long, so LLVM's optimiser would cost more than it saves.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._run_init = self._compile(
@@ -71,12 +81,12 @@ class Program:
         optimizer = (o.schedule, o.weight_decay, o.beta1, o.beta2, o.eps, o.clip_norm)
         return (
             *(config.model, config.data.seq_len, config.mesh),
-            *(optimizer, t.accumulation, t.steps_per_dispatch),
+            *(optimizer, t.accumulation, t.loss_chunk, t.steps_per_dispatch),
         )
 
     def _compile(self, function: Callable, **options) -> Callable:
         """``jax.jit`` under the mesh and the axes' table, compiled ahead to know its time."""
-        # A fresh jit per program: logical rules are no part of jit's cache key.
+        # A fresh jit per program: the layout is no part of jit's cache key.
         jitted, executables = jax.jit(function, **options), {}
 
         def call(*args):
@@ -84,7 +94,7 @@ class Program:
             signature = (tree, tuple((x.shape, x.dtype) for x in leaves))
             if signature not in executables:
                 started = time.perf_counter()
-                with jax.set_mesh(self.mesh), nn.logical_axis_rules(rules()):
+                with jax.set_mesh(self.mesh), placed(self.mesh, self.layout):
                     executables[signature] = jitted.lower(*args).compile()
                 self.compile_seconds += time.perf_counter() - started
             return executables[signature](*args)
@@ -108,15 +118,15 @@ class Program:
 
     def put(self, batches: Batch) -> Batch:
         """The rows of ``batches`` (n, B, T; the leading axis is the step) laid over the mesh."""
-        return self._put(batches, None, "batch", "sequence")
+        return self._put(batches, None, "batch", "positions")
 
     def nats(self, params: Any, batch: Batch) -> jax.Array:
         """The sum of nats over a batch."""
-        return self._run_nats(params, self._put(batch, "batch", "sequence"))
+        return self._run_nats(params, self._put(batch, "batch", "positions"))
 
     def _put(self, batch: Batch, *logical: str | None) -> Batch:
         """A global batch, the same on every host, of which each device takes its own rows."""
-        sharding = named_sharding(self.mesh, *logical)
+        sharding = named_sharding(self.mesh, self.layout, *logical)
 
         def lay(x):
             return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
@@ -124,10 +134,17 @@ class Program:
         return jax.tree.map(lay, batch)
 
     def _nats(self, params, batch: Batch) -> jax.Array:
-        logits_BTV = self.decoder.apply(
-            {"params": params}, batch.inputs_BT, batch.segments_BT, batch.positions_BT
+        apply = partial(self.decoder.apply, {"params": params})
+        x_BTD, _ = apply(batch.inputs_BT, batch.segments_BT, batch.positions_BT, method="hidden")
+        return head_cross_entropy(
+            *(x_BTD, apply(method="unembedding"), batch.targets_BT, batch.weights_BT),
+            soft_cap=self.config.model.logit_soft_cap,
+            chunk=self.config.train.loss_chunk,
         )
-        return cross_entropy(logits_BTV, batch.targets_BT, batch.weights_BT)
+
+    def _lay(self, tree: Any, shardings: Any) -> Any:
+        """Pins where a tree of the step lies; nothing to pin on one device."""
+        return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings)
 
     def _mean_gradient(self, params, batch: Batch) -> tuple[jax.Array, Any]:
         """Nats a token and their gradient: summed over micro-batches, divided once by the count."""
@@ -144,7 +161,8 @@ class Program:
         micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total, batch):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, batch)), None
+            loss, gradient = jax.tree.map(jnp.add, total, value_and_grad(params, batch))
+            return (loss, self._lay(gradient, self.gradient_sharding)), None
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
         return jax.lax.scan(add, zero, micro)[0]
@@ -152,13 +170,15 @@ class Program:
     def _step(self, state: State, batch: Batch, schedule: Schedule) -> tuple[State, Metrics]:
         config = self.config.optimizer
         loss, gradient = self._mean_gradient(state.params, batch)
+        # From ZeRO's first stage on, a device updates its part of the optimizer's state alone.
+        gradient = self._lay(gradient, self.moment_sharding)
         direction, moments = self.optimizer.update(gradient, state.moments, state.params)
         rate = learning_rate(schedule, state.step, config.schedule)
         params = apply_updates(
             state.params, direction, rate, schedule.matrix_scale, config.weight_decay
         )
         metrics = Metrics(loss, optax.tree.norm(gradient), rate)
-        return State(state.step + 1, params, moments), metrics
+        return self._lay(State(state.step + 1, params, moments), self.state_sharding), metrics
 
     def _train(self, state: State, batches: Batch, n_steps: jax.Array, schedule: Schedule):
         length = self.config.train.steps_per_dispatch

@@ -100,14 +100,33 @@ def test_one_step_a_dispatch_is_the_same_run(plain):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), plain[0])
 
 
-@pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (2, 4), (1, 2)])
-def test_any_mesh_is_the_same_run(plain, data, model):
-    config = replace(CONFIG, mesh={"data": data, "model": model})
-    state, metrics, program = train(config, devices=data * model)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        dict(data=8),
+        dict(data=4, model=2),
+        dict(data=2, model=4),
+        dict(data=8, zero=1),
+        dict(data=8, zero=3),
+        dict(data=4, context=2),
+        dict(replica=2, data=2, model=2, zero=3, sequence_sharded=True),
+    ],
+)
+def test_any_mesh_is_the_same_run(plain, mesh):
+    config = replace(CONFIG, mesh=mesh)
+    state, metrics, program = train(config, devices=8)
     np.testing.assert_allclose(metrics.loss, plain[1].loss, rtol=1e-5)
     assert_same(state.params, plain[0].params)
     up = program.init(seed=1).params["layer_0"]["feed_forward"]["up"]["kernel"]
-    assert {s.data.shape for s in up.addressable_shards} == {(16, 24 // model)}
+    rows = 16 // (mesh["data"] if mesh.get("zero") == 3 else 1)
+    assert {s.data.shape for s in up.addressable_shards} == {(rows, 24 // mesh.get("model", 1))}
+
+
+@pytest.mark.parametrize("chunk", [2, 4])
+def test_the_loss_in_chunks_is_the_same_run(plain, chunk):
+    state, metrics, _ = train(replace(CONFIG, train={"loss_chunk": chunk}))
+    np.testing.assert_allclose(metrics.loss, plain[1].loss, rtol=1e-5)
+    assert_same(state.params, plain[0].params)
 
 
 def test_scan_and_remat_are_the_same_run(plain):
