@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm.config import Config
 from lm.data import Batch
@@ -42,12 +42,12 @@ class Program:
     Args:
       config: model, optimizer, accumulation and steps_per_dispatch are read; what differs between
         runs of one shape (lengths, rates, seeds) is an argument of ``train``.
-      mesh: with the axes of ``lm.sharding.mesh``.
+      mesh: with the axes of ``lm.sharding.mesh``; an abstract one can be lowered for, not run on.
 
     Raises ``BadInput`` where the model does not divide over the mesh.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
         self.config, self.mesh = config, mesh
         self.compile_seconds = 0.0
         self.decoder = Decoder(config.model, config.data.seq_len)
@@ -63,15 +63,14 @@ class Program:
         self.gradient_sharding = stored_shardings(boxed.params, mesh, self.layout.gradients)
         self.moment_sharding = stored_shardings(boxed.params, mesh, self.layout.moments)
         # Run once and 0.1 s long, so LLVM's optimiser would cost more than it saves.
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
         self._run_init = self._compile(
             lambda key: nn.meta.unbox(self._init(key)),
             out_shardings=self.state_sharding,
             compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
         )
-        self._run_train = self._compile(
-            self._train, donate_argnums=0, out_shardings=(self.state_sharding, None)
-        )
+        self._train_options = {"donate_argnums": 0, "out_shardings": (self.state_sharding, None)}
+        self._run_train = self._compile(self._train, **self._train_options)
         self._run_nats = self._compile(self._nats)
 
     @staticmethod
@@ -115,6 +114,31 @@ class Program:
         """Runs the first ``n_steps`` of ``batches``, which ``put`` gave. ``state`` is donated."""
         schedule = Schedule(*(np.float32(x) for x in schedule))
         return self._run_train(state, batches, np.int32(n_steps), schedule)
+
+    def lower_train(self, sequences: int) -> jax.stages.Lowered:
+        """``train`` on batches of ``sequences`` rows, lowered from shapes alone: nothing is made.
+
+        For a mesh of devices it can be compiled, also where they are only described and not there.
+        For an abstract mesh it is lowered for TPUs, to be read.
+        """
+        data = self.config.data
+        lay = named_sharding(self.mesh, self.layout, None, "batch", "positions")
+        shape = (self.config.train.steps_per_dispatch, sequences, data.seq_len)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=lay)
+        weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=lay)
+        documents = (weights, tokens, tokens) if data.respect_documents else ()
+        state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            *(self.abstract_state, self.state_sharding),
+        )
+        schedule = Schedule(*(np.float32(0) for _ in Schedule._fields))
+        abstract = isinstance(self.mesh, AbstractMesh)
+        under = jax.sharding.use_abstract_mesh if abstract else jax.set_mesh
+        with under(self.mesh), placed(self.mesh, self.layout):
+            traced = jax.jit(self._train, **self._train_options).trace(
+                state, Batch(tokens, tokens, *documents), np.int32(1), schedule
+            )
+            return traced.lower(lowering_platforms=("tpu",) if abstract else None)
 
     def put(self, batches: Batch) -> Batch:
         """The rows of ``batches`` (n, B, T; the leading axis is the step) laid over the mesh."""
