@@ -16,7 +16,7 @@ from lm.model.attention import Attention, allowed
 from lm.model.feedforward import FeedForward
 from lm.model.layers import Norm, Unembedding, sinusoidal
 from lm.model.loss import logits
-from lm.sharding import constrain, gather, partitioned
+from lm.sharding import all_but_moved, constrain, gather, partitioned, stores_parts
 
 # What a rematerialised layer keeps besides its input; jax's policies by their own names.
 REMAT_POLICIES = {
@@ -65,10 +65,13 @@ class Block(nn.Module):
 
 def rematerialised(config: ModelConfig) -> type[Block]:
     """``Block`` under the config's policy of what its backward pass recomputes."""
-    if config.remat == "none":
+    if config.remat != "none":
+        policy = REMAT_POLICIES[config.remat]
+    elif stores_parts():
+        policy = all_but_moved
+    else:
         return Block
     # Inside a scan nothing can be shared between the two computations anyway.
-    policy = REMAT_POLICIES[config.remat]
     return nn.remat(Block, prevent_cse=not config.scan_layers, policy=policy)
 
 

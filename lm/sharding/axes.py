@@ -45,6 +45,7 @@ COMPUTED: dict[str, MeshAxes] = {
     "act_ff": "model",
     "act_vocab": "model",
     "act_experts": "model",
+    "expert_batch": ("replica", "data"),  # rows of the batch where they are with the experts
     "act_expert_ff": None,
     "stages": "stage",
 }
@@ -76,9 +77,10 @@ def layout(config: Config, mesh: Mesh) -> Layout:
     if chosen.experts == "data":  # the experts' own columns then have `model` to themselves
         for table in (gathered, sharded):
             table.update(experts="data", expert_embed=None, expert_ff="model")
-        computed.update(act_experts="data", act_expert_ff="model")
+        computed.update(act_experts="data", act_expert_ff="model", expert_batch="replica")
     _check_divides("model.n_heads", model.n_heads, "model", mesh)
     _check_divides("data.seq_len", config.data.seq_len, computed["sequence"], mesh)
+    _check_divides("model.moe.n_experts", model.moe.n_experts, computed["act_experts"], mesh)
     return Layout(
         params=sharded if chosen.zero >= 3 else gathered,
         gradients=sharded if chosen.zero >= 2 else gathered,
@@ -175,10 +177,43 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named_sharding(*placement, *logical))
 
 
+def devices_along(logical: str) -> int:
+    """How many devices an activation's axis lies over in what is being traced."""
+    placement = _placement.get()
+    return 1 if placement is None else _devices(placement[1].computed[logical], placement[0])
+
+
 def is_split(logical: str) -> bool:
     """Whether an activation's axis lies on more than one device in what is being traced."""
+    return devices_along(logical) > 1
+
+
+def here(*logical: str | None) -> NamedSharding | None:
+    """Where an activation with these axes lies in what is being traced (None: not ``placed``)."""
     placement = _placement.get()
-    return placement is not None and _devices(placement[1].computed[logical], placement[0]) > 1
+    return None if placement is None else named_sharding(*placement, *logical)
+
+
+def platform() -> str:
+    """What is being traced runs on: cpu, gpu or tpu. An abstract mesh has the default one."""
+    placement = _placement.get()
+    if placement is None or not isinstance(placement[0], Mesh):
+        return jax.default_backend()
+    return placement[0].devices.flat[0].platform
+
+
+def stores_parts() -> bool:
+    """Whether parameters are stored in parts (ZeRO's third stage) in what is being traced."""
+    placement = _placement.get()
+    return placement is not None and placement[1].params["embed"] is not None
+
+
+def all_but_moved(primitive, *_, **__) -> bool:
+    """A rematerialisation policy: keeps all but what was only moved between devices.
+
+    Under ZeRO's third stage every layer's whole parameters would else wait for the backward pass.
+    """
+    return primitive.name != "sharding_constraint"
 
 
 def gather(kernel: jax.Array, *logical: str | None) -> jax.Array:
@@ -200,6 +235,7 @@ def _gather(kernel, use: NamedSharding, gradient: NamedSharding):
 
 
 _gather.defvjp(
-    lambda kernel, use, gradient: (_gather(kernel, use, gradient), None),
+    # Not by _gather itself: all_but_moved shall see the constraint.
+    lambda kernel, use, _: (jax.lax.with_sharding_constraint(kernel, use), None),
     lambda use, gradient, _, g: (jax.lax.with_sharding_constraint(g, gradient),),
 )

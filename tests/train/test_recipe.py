@@ -66,7 +66,7 @@ def test_accumulation_must_divide_the_batch():
 def test_a_ruled_batch_fits_the_mesh_and_a_given_one_must():
     ruled = replace(Config(), train={"tokens": 1e6, "batch_rule": "step_law", "batch_tokens": 1.0})
     assert resolve(ruled).sequences % 16 and resolve(ruled, 16).sequences % 16 == 0
-    with pytest.raises(BadInput, match="multiple of the mesh's data axis, 5"):
+    with pytest.raises(BadInput, match="multiple of the mesh's replica x data, 5"):
         resolve(Config(), 5)
 
 

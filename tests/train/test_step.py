@@ -7,7 +7,7 @@ import pytest
 from lm.config import Config, MeshConfig, ModelConfig, replace
 from lm.data import Batch
 from lm.model import Decoder, cross_entropy
-from lm.sharding import make_mesh
+from lm.sharding import make_mesh, placed
 from lm.train.schedule import Schedule
 from lm.train.step import Program
 
@@ -120,6 +120,20 @@ def test_any_mesh_is_the_same_run(plain, mesh):
     up = program.init(seed=1).params["layer_0"]["feed_forward"]["up"]["kernel"]
     rows = 16 // (mesh["data"] if mesh.get("zero") == 3 else 1)
     assert {s.data.shape for s in up.addressable_shards} == {(rows, 24 // mesh.get("model", 1))}
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_under_zero_3_no_whole_kernel_waits_for_the_backward_pass(zero):
+    config = replace(CONFIG, model={"scan_layers": True}, mesh={"data": 8, "zero": zero})
+    program = Program(config, make_mesh(config.mesh))
+    batch = jax.tree.map(lambda x: x[0], batches())
+    with jax.set_mesh(program.mesh), placed(program.mesh, program.layout):
+        gradient = jax.grad(lambda params: program._nats(params, batch))
+        trace = jax.make_jaxpr(gradient)(program.init(seed=1).params)
+    forward, _ = (e for e in trace.jaxpr.eqns if e.primitive.name == "scan")
+    kept = [x.aval.shape for x in forward.outvars]
+    assert ((2, 16, 24) in kept) == (zero == 0)  # two layers' `up`
+    assert (2, 64, 24) in kept  # and its output, which nothing computes again
 
 
 @pytest.mark.parametrize("chunk", [2, 4])
