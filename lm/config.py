@@ -43,6 +43,53 @@ def _divides(part: str, part_value: int, whole: str, whole_value: int) -> None:
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in the place of feed-forward layers; with no experts, none."""
+
+    n_experts: int = 0  # 0: dense
+    top_k: int = 2  # experts a token; under expert choice the mean of it
+    routing: str = "token_choice"  # token_choice | expert_choice (Zhou et al. 2022; looks ahead)
+    gate: str = "softmax"  # softmax | sigmoid
+    renormalise: bool = True  # a token's gates sum to 1 (top_k of 2 or more)
+    n_shared: int = 0  # experts that every token passes too, ungated, as one feed-forward layer
+    granularity: int = 1  # an expert's width is model.d_ff over this, or
+    expert_d_ff: int = 0  # this
+    every: int = 1  # every n-th layer has experts
+    first_dense: int = 0  # and none of the first ones
+    # capacity: by capacity_factor, dropping what exceeds it | ragged: no drop, products of
+    # ragged rows | auto: no drop, `ragged` on accelerators and room for all on CPU
+    dispatch: str = "auto"
+    capacity_factor: float = 1.25  # room of an expert over its fair share of a sequence
+    jitter: float = 0.0  # the router's input is scaled by 1 +- this in training
+    balance_coefficient: float = 0.01  # of the load-balancing loss, summed over layers
+    z_coefficient: float = 0.0  # of the router's z-loss, summed over layers
+    bias_rate: float = 0.0  # a step of the balance bias (aux-loss-free); 0: there is none
+    dead_after: int = 1_000  # steps without a token after which an expert is warned of
+
+    def __post_init__(self):
+        names = ("top_k", "granularity", "every", "capacity_factor", "dead_after")
+        _positive("model.moe", self, *names)
+        names = ("n_experts", "n_shared", "expert_d_ff", "first_dense", "jitter", "bias_rate")
+        _not_negative("model.moe", self, *names, "balance_coefficient", "z_coefficient")
+        one_of("model.moe.routing", self.routing, ("token_choice", "expert_choice"))
+        one_of("model.moe.gate", self.gate, ("softmax", "sigmoid"))
+        one_of("model.moe.dispatch", self.dispatch, ("auto", "capacity", "ragged"))
+        if self.jitter >= 1:
+            raise BadInput(f"model.moe.jitter = {self.jitter}: must lie in [0, 1)")
+        if self.n_experts and self.top_k > self.n_experts:
+            raise BadInput(
+                f"model.moe.top_k = {self.top_k}: must be at most"
+                f" model.moe.n_experts = {self.n_experts}"
+            )
+        if self.routing == "expert_choice" and (self.dispatch == "ragged" or self.bias_rate):
+            raise BadInput(
+                f"model.moe.routing = 'expert_choice' with model.moe.dispatch = {self.dispatch!r},"
+                f" model.moe.bias_rate = {self.bias_rate}: experts that choose are balanced and"
+                " full, so it must be 'auto' or 'capacity', and 0"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder. The defaults are today's recipe, the alternatives the papers' comparisons."""
 
@@ -54,6 +101,7 @@ class ModelConfig:
     head_width: int = 0  # 0: d_model / n_heads
     d_ff: int = 176
     feed_forward: str = "swiglu"  # swiglu | geglu | gelu | relu
+    moe: MoeConfig = MoeConfig()
     norm: str = "rms"  # rms | layer
     norm_position: str = "pre"  # pre | post
     norm_eps: float = 1e-5
@@ -98,6 +146,8 @@ class ModelConfig:
         one_of("model.quantization", self.quantization, ("none", "int8", "fp8"))
         one_of("model.attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
         _divides("model.n_kv_heads", self.n_kv_heads, "model.n_heads", self.n_heads)
+        if self.moe.n_experts:
+            self._check_experts()
         if not self.head_width:
             _divides("model.n_heads", self.n_heads, "model.d_model", self.d_model)
             object.__setattr__(self, "head_width", self.d_model // self.n_heads)
@@ -109,6 +159,32 @@ class ModelConfig:
             raise BadInput(
                 f"model.d_model = {self.d_model}: must be even, since a sine goes with a cosine"
             )
+
+    def _check_experts(self) -> None:
+        moe = self.moe
+        if not moe.expert_d_ff:
+            _divides("model.moe.granularity", moe.granularity, "model.d_ff", self.d_ff)
+        if moe.first_dense + moe.every > self.n_layers:
+            raise BadInput(
+                f"model.moe.first_dense = {moe.first_dense}, model.moe.every = {moe.every}: of"
+                f" model.n_layers = {self.n_layers} none would have experts"
+            )
+        if self.scan_layers and (self.n_layers - moe.first_dense) % moe.every:
+            raise BadInput(
+                f"model.moe.every = {moe.every}: with model.scan_layers, it must divide"
+                f" model.n_layers - model.moe.first_dense = {self.n_layers - moe.first_dense}"
+            )
+
+    @property
+    def expert_d_ff(self) -> int:
+        """An expert's width."""
+        return self.moe.expert_d_ff or self.d_ff // self.moe.granularity
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that have experts: of those after the first dense ones, every n-th."""
+        first, every = self.moe.first_dense, self.moe.every
+        return tuple(range(first + every - 1, self.n_layers, every)) if self.moe.n_experts else ()
 
 
 @dataclass(frozen=True)

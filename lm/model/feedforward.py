@@ -1,5 +1,7 @@
 """The feed-forward sublayer: gated (Shazeer 2020, "GLU variants") or plain."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 
@@ -11,21 +13,24 @@ ACTIVATIONS = {"swiglu": nn.silu, "geglu": nn.gelu, "gelu": nn.gelu, "relu": nn.
 GATED = ("swiglu", "geglu")
 
 
+def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """``activation(gate) * up``; ungated (None), ``activation(up)``."""
+    return ACTIVATIONS[kind](up) if gate is None else ACTIVATIONS[kind](gate) * up
+
+
 class FeedForward(nn.Module):
     """SwiGLU: ``(SiLU(x W_gate) * (x W_up)) W_down``; ungated: ``activation(x W_up) W_down``."""
 
     config: ModelConfig
+    d_ff: int = 0  # 0: the config's
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        activation = ACTIVATIONS[c.feed_forward]
-        up_BTF = Linear(c.d_ff, ("embed", "ff"), dtype=c.dtype, name="up")(x_BTD)
-        if c.feed_forward in GATED:
-            gate_BTF = Linear(c.d_ff, ("embed", "ff"), dtype=c.dtype, name="gate")(x_BTD)
-            hidden_BTF = activation(gate_BTF) * up_BTF
-        else:
-            hidden_BTF = activation(up_BTF)
+        into = partial(Linear, self.d_ff or c.d_ff, ("embed", "ff"), dtype=c.dtype)
+        up_BTF = into(name="up")(x_BTD)
+        gate_BTF = into(name="gate")(x_BTD) if c.feed_forward in GATED else None
+        hidden_BTF = activate(c.feed_forward, up_BTF, gate_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", "positions", "act_ff")
         return Linear(
             c.d_model, ("ff", "embed"), (2 * c.n_layers) ** -0.5, dtype=c.dtype, name="down"
