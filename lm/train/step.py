@@ -193,6 +193,9 @@ class Program:
 
     def _step(self, state: State, batch: Batch, schedule: Schedule) -> tuple[State, Metrics]:
         config = self.config.optimizer
+        # At the start too: XLA would else keep the parameters as the loop's last operation left
+        # them, split as the optimizer's state, and gather each layer's in every pass.
+        state = self._lay(state, self.state_sharding)
         loss, gradient = self._mean_gradient(state.params, batch)
         # From ZeRO's first stage on, a device updates its part of the optimizer's state alone.
         gradient = self._lay(gradient, self.moment_sharding)
