@@ -18,6 +18,7 @@ RULES_BATCH = ("fixed", "porian2024", "step_law")
 RULES_WARMUP = ("fixed", "params")
 REMAT = ("none", "full", "dots", "dots_with_no_batch_dims", "offload")
 ATTENTION_KERNELS = ("auto", "einsum", "cudnn", "splash")
+ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3", "longrope")
 MESH_AXES = ("replica", "stage", "data", "context", "model")
 
 
@@ -90,6 +91,37 @@ class MoeConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """Rotary positions beyond pre-training's context; ``lm/model/rotary.py`` has the papers."""
+
+    kind: str = "none"  # none | linear | ntk | yarn | llama3 | longrope
+    factor: float = 1.0  # the context that is wanted over that of pre-training
+    original_positions: int = 0  # the context of pre-training (yarn, llama3, longrope)
+    # Of a column pair in that context: with more turns than `fast_turns` it stays as it is, with
+    # fewer than `slow_turns` it is slowed by the factor (yarn, llama3). 0: the paper's, 32 and 4
+    fast_turns: float = 0.0
+    slow_turns: float = 1.0
+    attention_factor: float = 0.0  # of queries and keys, each (yarn, longrope). 0: the paper's
+    # longrope: by how much each pair is slowed where no sequence is longer than original_positions,
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()  # and where one may be
+
+    def __post_init__(self):
+        one_of("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        _not_negative("model.rope_scaling", self, "fast_turns", "attention_factor")
+        _positive("model.rope_scaling", self, "slow_turns")
+        if not self.factor >= 1:
+            raise BadInput(f"model.rope_scaling.factor = {self.factor}: must be 1 or more")
+        if self.kind in ("yarn", "llama3", "longrope"):
+            _positive("model.rope_scaling", self, "original_positions")
+        if self.fast_turns and not self.fast_turns > self.slow_turns:
+            raise BadInput(
+                f"model.rope_scaling.fast_turns = {self.fast_turns}: must be above"
+                f" model.rope_scaling.slow_turns = {self.slow_turns}"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder. The defaults are today's recipe, the alternatives the papers' comparisons."""
 
@@ -105,8 +137,11 @@ class ModelConfig:
     norm: str = "rms"  # rms | layer
     norm_position: str = "pre"  # pre | post
     norm_eps: float = 1e-5
+    zero_centred_gains: bool = False  # norms multiply by 1 + gain (Gemma)
     position: str = "rope"  # rope | sinusoidal | learned | none
     rope_base: float = 10_000.0
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    scaled_embedding: bool = False  # the embedding is read times sqrt(d_model) (Gemma)
     tied: bool = False  # the head is the embedding, transposed
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -155,6 +190,21 @@ class ModelConfig:
             raise BadInput(
                 f"model.head_width = {self.head_width}: must be even, since RoPE turns column pairs"
             )
+        if self.position != "rope" and self.rope_scaling.kind != "none":
+            raise BadInput(
+                f"model.rope_scaling.kind = {self.rope_scaling.kind!r} with model.position ="
+                f" {self.position!r}: it scales rotary positions, so that must be 'rope'"
+            )
+        if self.rope_scaling.kind == "ntk" and self.head_width == 2:
+            raise BadInput("model.head_width = 2: must be above 2 under rope_scaling.kind 'ntk'")
+        for name in ("short_factors", "long_factors"):
+            given = getattr(self.rope_scaling, name)
+            wanted = self.head_width // 2 if self.rope_scaling.kind == "longrope" else 0
+            if len(given) != wanted or not all(factor > 0 for factor in given):
+                raise BadInput(
+                    f"model.rope_scaling.{name}: must be {wanted} numbers above 0, one for each"
+                    f" column pair under 'longrope', not {len(given)}"
+                )
         if self.position == "sinusoidal" and self.d_model % 2:
             raise BadInput(
                 f"model.d_model = {self.d_model}: must be even, since a sine goes with a cosine"

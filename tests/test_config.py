@@ -14,6 +14,7 @@ from lm.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeScalingConfig,
     SweepConfig,
     TrainConfig,
     differences,
@@ -133,6 +134,11 @@ def test_missing_files_and_surplus_arguments(write, tmp_path, monkeypatch):
     assert "no such file; here are configs/tiny.py" in refusal(load, "configs/tyni.py")
 
 
+YARN = RopeScalingConfig("yarn", 2.0, 64)
+NTK = RopeScalingConfig("ntk", 2.0)
+LONGROPE = RopeScalingConfig("longrope", 2.0, 64, short_factors=(1.0,), long_factors=(2.0,))
+
+
 @pytest.mark.parametrize(
     "kind, values, says",
     [
@@ -159,6 +165,17 @@ def test_missing_files_and_surplus_arguments(write, tmp_path, monkeypatch):
         (SweepConfig, dict(budgets=(2.0, 1.0)), "must be positive, ascending and different"),
         (SweepConfig, dict(widths=(12,)), "12 must be a multiple of sweep.head_width = 8"),
         (SweepConfig, dict(spread=1.0), "sweep.spread = 1.0: must be above 1"),
+        (RopeScalingConfig, dict(kind="yarm"), "did you mean 'yarn'"),
+        (RopeScalingConfig, dict(factor=0.5), "rope_scaling.factor = 0.5: must be 1 or more"),
+        (
+            RopeScalingConfig,
+            dict(kind="yarn"),
+            "rope_scaling.original_positions = 0: must be above",
+        ),
+        (RopeScalingConfig, dict(fast_turns=0.5), "must be above model.rope_scaling.slow_turns"),
+        (ModelConfig, dict(rope_scaling=YARN, position="learned"), "so that must be 'rope'"),
+        (ModelConfig, dict(rope_scaling=LONGROPE), "short_factors: must be 8 numbers above 0"),
+        (ModelConfig, dict(rope_scaling=NTK, head_width=2), "must be above 2 under"),
         (Config, dict(model=ModelConfig(sliding_window=500)), "at most data.seq_len = 128"),
         (Config, dict(sweep=SweepConfig(branches=True)), "branches need 'wsd'"),
     ],

@@ -56,6 +56,7 @@ class Norm(nn.Module):
     kind: str
     eps: float
     axis: str | None = "embed"  # logical axis of the gain
+    zero_centred: bool = False  # what is stored is the gain less 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -64,9 +65,9 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x32 = x32 - jnp.mean(x32, -1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
-        x32 = x32 * self.param(
-            "gain", partitioned(nn.initializers.ones, self.axis), (width,), jnp.float32
-        )
+        init = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
+        gain = self.param("gain", partitioned(init, self.axis), (width,), jnp.float32)
+        x32 = x32 * (1 + gain if self.zero_centred else gain)
         if self.kind == "layer":
             zeros = partitioned(nn.initializers.zeros, self.axis)
             x32 = x32 + self.param("bias", zeros, (width,), jnp.float32)
