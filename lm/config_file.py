@@ -10,7 +10,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,12 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise BadInput(f"--config.{key}: must be written --config.{key}=VALUE")
-    sections = {name: list(config[name]) for name in config if hasattr(config[name], "keys")}
-    known = [f"{section}.{name}" for section, names in sections.items() for name in names]
-    known += [name for name in config if name not in sections]
+    sections = {"": config} | dict(_sections(config))
+    known = [f"{path}.{name}".strip(".") for path in sections for name in sections[path]]
     section, _, name = key.rpartition(".")
-    holder = config[section] if section in sections else config
+    holder = sections.get(section, config)
     if key in sections:
-        raise BadInput(f"--config.{key}: a section; set one of {', '.join(holder[key])} in it")
+        raise BadInput(f"--config.{key}: a section; set one of {', '.join(sections[key])} in it")
     if key not in known:
         hint = nearest(key, known)
         raise BadInput(f"--config.{key}: unknown key{hint} (known: {', '.join(holder)})")
@@ -87,6 +86,14 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
             pass  # stays text, which `from_config_dict` refuses by name
     with holder.ignore_type():
         holder[name] = value
+
+
+def _sections(holder: ml_collections.ConfigDict, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every section and its dotted name, those within others too."""
+    for name in holder:
+        if hasattr(holder[name], "keys"):
+            yield path + name, holder[name]
+            yield from _sections(holder[name], f"{path}{name}.")
 
 
 def define_config_flag(flag_values: flags.FlagValues) -> None:

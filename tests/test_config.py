@@ -67,12 +67,15 @@ def test_a_file_and_its_overrides(write):
             "sweep.shapes=[(32, 88, 4, 8, 2)]",
             "name=2024",
             "model.n_heads=4",
+            "model.rope_scaling.kind=ntk",
+            "model.rope_scaling.factor=2",
         ],
     )
     assert (config.model.d_model, config.model.n_heads, config.model.head_width) == (32, 4, 8)
     assert config.model.tied is True and config.train.tokens == 3e6 and config.data.seq_len == 64
     assert isinstance(config.data.seq_len, int) and isinstance(config.train.tokens, float)
     assert config.optimizer.schedule == "wsd" and config.name == "2024"
+    assert config.model.rope_scaling == RopeScalingConfig("ntk", 2.0)
     assert config.sweep.budgets == (1e11, 3e11) and config.sweep.shapes == ((32, 88, 4, 8, 2),)
 
 
@@ -84,6 +87,8 @@ def test_a_file_and_its_overrides(write):
         ("modle.d_model=3", "did you mean 'model.d_model'?"),
         ("model.d_model.x=3", "--config.model.d_model.x: unknown key"),
         ("model=3", "--config.model: a section; set one of attention_kernel"),
+        ("model.rope_scaling=ntk", "a section; set one of attention_factor, factor, fast_turns"),
+        ("model.moe.n_expert=3", "unknown key; did you mean 'model.moe.n_experts'"),
         ("model.tied", "must be written --config.model.tied=VALUE"),
         ("model.d_model=wide", "model.d_model = 'wide': must be of type int, not str"),
         ("model.d_model=3.5", "model.d_model = 3.5: must be of type int, not float"),
