@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.command import BadInput
 from lm.config import Config
+from lm.sharding.pipeline import check_pipeline
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -66,6 +67,7 @@ def layout(config: Config, mesh: Mesh) -> Layout:
 
     Raises ``BadInput`` where a dimension of the model does not divide over its axis.
     """
+    check_pipeline(config, mesh.shape["stage"])
     model, chosen = config.model, config.mesh
     gathered = {axis: plain for axis, (plain, _) in STORED.items()}
     sharded = {axis: zero for axis, (_, zero) in STORED.items()}

@@ -19,7 +19,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lm.command import BadInput
+from lm.config import Config
+
 AXIS = "stage"
+
+
+def check_pipeline(config: Config, n_stages: int) -> None:
+    """Raises ``BadInput`` where layers or micro-batches don't divide over the stages."""
+    model, rounds, n_micro = config.model, config.mesh.rounds, config.train.accumulation
+    if n_stages == 1:
+        if rounds > 1:
+            raise BadInput(f"mesh.rounds = {rounds} with mesh.stage = 1: a pipeline goes round")
+        return
+    if not model.scan_layers:
+        raise BadInput(
+            f"model.scan_layers = False with mesh.stage = {n_stages}: must be True,"
+            " since a stage is a part of the stacked layers"
+        )
+    n_scanned = len(model.moe_layers) or model.n_layers
+    for name, size, over, n in (
+        ("scanned layers", n_scanned, "mesh.stage x mesh.rounds", n_stages * rounds),
+        ("train.accumulation", n_micro, "mesh.stage", n_stages),
+    ):
+        if size % n:
+            raise BadInput(
+                f"{name} = {size} over {over} = {n}: must be a multiple, as {-(-size // n) * n}"
+            )
 
 
 def assignment(iteration: Any, stage: Any, n_micro: int) -> tuple[Any, Any]:

@@ -203,7 +203,8 @@ class _Run:
     def _evaluate(self, state: State) -> Score:
         """The validation score of ``state``."""
         compiling, started = self.program.compile_seconds, time.perf_counter()
-        sequences = math.lcm(EVALUATION_SEQUENCES, batch_shards(self.program.mesh))
+        micro = self.config.train.accumulation if self.program.mesh.shape["stage"] > 1 else 1
+        sequences = math.lcm(EVALUATION_SEQUENCES, micro * batch_shards(self.program.mesh))
         self.last_score = score(
             lambda batch: self.program.nats(state.params, batch),
             self.dataset.validation(sequences),

@@ -16,6 +16,7 @@ from lm.config import Config
 from lm.data import Batch
 from lm.model import Decoder, head_cross_entropy
 from lm.sharding import layout, named_sharding, placed, stored_shardings
+from lm.train import pipeline
 from lm.train.optimizer import adamw, apply_updates
 from lm.train.schedule import Schedule, learning_rate
 
@@ -158,6 +159,8 @@ class Program:
         return jax.tree.map(lay, batch)
 
     def _nats(self, params, batch: Batch) -> jax.Array:
+        if self.mesh.shape["stage"] > 1:
+            return pipeline.nats(self.config, self.decoder, self.mesh.shape["stage"], params, batch)[0]
         apply = partial(self.decoder.apply, {"params": params})
         x_BTD, _ = apply(batch.inputs_BT, batch.segments_BT, batch.positions_BT, method="hidden")
         return head_cross_entropy(
@@ -172,7 +175,8 @@ class Program:
 
     def _mean_gradient(self, params, batch: Batch) -> tuple[jax.Array, Any]:
         """Nats a token and their gradient: summed over micro-batches, divided once by the count."""
-        n = self.config.train.accumulation
+        # A pipeline has its micro-batches inside.
+        n = 1 if self.mesh.shape["stage"] > 1 else self.config.train.accumulation
         count = (
             jnp.float32(batch.targets_BT.size)
             if batch.weights_BT is None
@@ -181,15 +185,12 @@ class Program:
         value_and_grad = jax.value_and_grad(lambda p, b: self._nats(p, b) / count)
         if n == 1:
             return value_and_grad(params, batch)
-        # Strided, so that every micro-batch spans all data shards.
-        micro = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
-
         def add(total, batch):
             loss, gradient = jax.tree.map(jnp.add, total, value_and_grad(params, batch))
             return (loss, self._lay(gradient, self.gradient_sharding)), None
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-        return jax.lax.scan(add, zero, micro)[0]
+        return jax.lax.scan(add, zero, pipeline.micro_batches(batch, n))[0]
 
     def _step(self, state: State, batch: Batch, schedule: Schedule) -> tuple[State, Metrics]:
         config = self.config.optimizer
