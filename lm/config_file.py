@@ -71,6 +71,7 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
         raise BadInput(f"--config.{key}: must be written --config.{key}=VALUE")
     sections = {"": config} | dict(_sections(config))
     known = [f"{path}.{name}".strip(".") for path in sections for name in sections[path]]
+    known = [name for name in known if name not in sections]
     section, _, name = key.rpartition(".")
     holder = sections.get(section, config)
     if key in sections:
