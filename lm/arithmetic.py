@@ -52,11 +52,14 @@ class ParameterCount:
     embedding: Number  # V d
     positions: Number  # learned positions, T d; else 0
     attention: Number  # matrices of all layers: queries, keys, values, output
-    feed_forward: Number  # matrices of all layers
+    feed_forward: Number  # matrices of all layers, and all experts
+    routers: Number  # d E of each layer with experts
     norms: Number  # gains and, of LayerNorm, biases: blocks, queries and keys, the final norm
-    biases: Number  # of queries, keys and values
+    biases: Number  # of queries, keys and values; of the experts' balance
     head: Number  # d V; where tied, the embedding once more in use but not in store
     tied: Number
+    experts: Number  # the part of `feed_forward` in experts that are routed to
+    idle_experts: Number  # the part of those that a token does not visit
 
     @property
     def total(self) -> Number:
@@ -66,7 +69,7 @@ class ParameterCount:
     @property
     def non_embedding(self) -> Number:
         """Kaplan's N: the blocks and the final norm; no embedding, no positions, no head."""
-        return self.attention + self.feed_forward + self.norms + self.biases
+        return self.attention + self.feed_forward + self.routers + self.norms + self.biases
 
     @property
     def blocks_and_head(self) -> Number:
@@ -78,9 +81,19 @@ class ParameterCount:
         return self.non_embedding + self.head
 
     @property
+    def active(self) -> Number:
+        """The total without the experts that a token does not visit (Mixtral's "active")."""
+        return self.total - self.idle_experts
+
+    @property
+    def active_blocks_and_head(self) -> Number:
+        """``blocks_and_head`` likewise: ``active_params`` in this project's tables."""
+        return self.blocks_and_head - self.idle_experts
+
+    @property
     def matrices(self) -> Number:
-        """The part of ``blocks_and_head`` that sits in matrix products: no gains, no biases."""
-        return self.attention + self.feed_forward + self.head
+        """The part of ``active_blocks_and_head`` in matrix products: no gains, no biases."""
+        return self.attention + self.feed_forward - self.idle_experts + self.routers + self.head
 
 
 def parameters(model: ModelConfig | SimpleNamespace, seq_len: Number = 0) -> ParameterCount:
@@ -90,15 +103,24 @@ def parameters(model: ModelConfig | SimpleNamespace, seq_len: Number = 0) -> Par
     a_norm = d * (1 if model.norm == "rms" else 2)
     # Two norms a block, and one before the head unless the last block ends with one.
     norms = a_norm * (2 * layers + (model.norm_position == "pre"))
+    # A token visits top_k experts, under expert choice on average, and all that are shared.
+    moe, matrices = model.moe, _FEED_FORWARD_MATRICES[model.feed_forward] * d
+    with_experts = len(model.moe_layers) if moe.n_experts else 0
+    an_expert = matrices * model.expert_d_ff if moe.n_experts else 0
+    dense = (layers - with_experts) * matrices * model.d_ff
     return ParameterCount(
         embedding=model.vocab_size * d,
         positions=seq_len * d if model.position == "learned" else 0 * d,
         attention=layers * (d * (queries + 2 * keys) + queries * d),
-        feed_forward=layers * _FEED_FORWARD_MATRICES[model.feed_forward] * d * model.d_ff,
+        feed_forward=dense + with_experts * (moe.n_experts + moe.n_shared) * an_expert,
+        routers=with_experts * d * moe.n_experts,
         norms=norms + layers * 2 * model.head_width * (model.qk_norm * 1),
-        biases=layers * (queries + 2 * keys) * (model.qkv_bias * 1),
+        biases=layers * (queries + 2 * keys) * (model.qkv_bias * 1)
+        + with_experts * moe.n_experts * (moe.bias_rate > 0),
         head=d * model.vocab_size,
         tied=model.tied * 1,
+        experts=with_experts * moe.n_experts * an_expert,
+        idle_experts=with_experts * (moe.n_experts - moe.top_k) * an_expert,
     )
 
 
@@ -107,7 +129,10 @@ def flops_per_token(
 ) -> Number:
     """Training FLOPs per token: 3 x the forward pass, a multiply-add being 2.
 
-    - ``6nd``: 6 x ``blocks_and_head``
+    A token is multiplied with the experts that it visits: N is what is active, and the products of
+    an expert's empty slots are not counted, nor is a dropped token's saving.
+
+    - ``6nd``: 6 x ``active_blocks_and_head``
     - ``kaplan``: 6 x ``non_embedding`` (Kaplan et al. 2020, C = 6 N D)
     - ``chinchilla``: Hoffmann et al. 2022, Appendix F, as its text has it: all T x T scores, a
       softmax at 3 FLOPs a score, and the embedding as if it were a matrix product. (Table A4 leaves
@@ -122,9 +147,9 @@ def flops_per_token(
     one_of("the FLOPs convention", convention, FLOPS_CONVENTIONS)
     count = parameters(model, seq_len)
     if convention == "6nd":
-        return 6.0 * count.blocks_and_head
+        return 6.0 * count.active_blocks_and_head
     if convention == "kaplan":
-        return 6.0 * count.non_embedding
+        return 6.0 * (count.non_embedding - count.idle_experts)
     keys = seq_len
     if convention == "exact_causal":
         keys = _keys_per_query(seq_len, model.sliding_window)

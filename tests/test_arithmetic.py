@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm import arithmetic
 from lm.command import BadInput
-from lm.config import RULES_BATCH, RULES_LEARNING_RATE, RULES_WARMUP, ModelConfig
+from lm.config import RULES_BATCH, RULES_LEARNING_RATE, RULES_WARMUP, ModelConfig, MoeConfig
 
 PUBLISHED = Path(os.environ.get("LM_PUBLISHED_RUNS", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -155,6 +155,28 @@ def test_exact_is_6n_plus_12_l_d_t():
     assert arithmetic.flops_per_token(model, 128, "exact") == expected
     assert arithmetic.training_flops(model, 128, 1e9) == expected * 1e9
     assert arithmetic.effective_parameters(model, 128) == expected / 6
+
+
+def test_a_token_pays_for_the_experts_that_it_visits_and_no_others():
+    """Layers 2 and 4 of 5 have experts (every 2nd after a dense first one)."""
+    moe = MoeConfig(
+        n_experts=16, top_k=3, n_shared=2, expert_d_ff=10, every=2, first_dense=1, bias_rate=1e-3
+    )
+    d, layers, f, vocab, t = 24, 5, 100, 50, 8
+    sizes = dict(d_model=d, n_layers=layers, n_heads=2, n_kv_heads=2, d_ff=f, vocab_size=vocab)
+    model, dense = ModelConfig(**sizes, moe=moe), ModelConfig(**sizes)
+    assert model.moe_layers == (2, 4)
+    count, plain = arithmetic.parameters(model), arithmetic.parameters(dense)
+    assert count.feed_forward == 3 * (3 * d * f) + 2 * (16 + 2) * (3 * d * 10)
+    assert (count.routers, count.biases) == (2 * 16 * d, 2 * 16)
+    assert count.total - count.active == 2 * (16 - 3) * (3 * d * 10)
+    assert count.blocks_and_head - count.active_blocks_and_head == count.total - count.active
+    visited = 3 * (3 * d * f) + 2 * (3 + 2) * (3 * d * 10) + 2 * 16 * d
+    for convention in ("6nd", "kaplan", "chinchilla", "exact", "exact_causal"):
+        more = arithmetic.flops_per_token(model, t, convention)
+        more -= arithmetic.flops_per_token(dense, t, convention)
+        biases = 2 * 16 if convention in ("6nd", "kaplan") else 0
+        assert more == pytest.approx(6 * (visited - plain.feed_forward + biases))
 
 
 @given(models, st.integers(1, 64))

@@ -20,6 +20,8 @@ ARGUMENTS = {  # the documented arguments; without an entry, none
     "chinchilla": ["", "44m", "16183m"],
     "isoflop_cpu": ["quick", "full", "smoke"],
     "llama3": ["8b", "70b", "405b"],
+    "mixtral": ["tiny", "8x7b", "8x22b"],
+    "switch": ["base", "large", "xxl", "c"],
 }
 SHIPPED = [
     f"configs/{path.name}" + (f":{argument}" if argument else "")
@@ -27,12 +29,28 @@ SHIPPED = [
     for argument in ARGUMENTS.get(path.stem, [""])
 ]
 
+PUBLISHED_EXPERTS = {  # parameters, and those of a token (not in Switch's Table 9)
+    "configs/mixtral.py:8x7b": (46.7e9, 12.9e9),
+    "configs/mixtral.py:8x22b": (141e9, 39e9),
+    "configs/deepseek_moe.py": (16.4e9, 2.8e9),
+    "configs/switch.py:base": (7e9, None),
+    "configs/switch.py:large": (26e9, None),
+    "configs/switch.py:xxl": (395e9, None),
+    "configs/switch.py:c": (1571e9, None),
+}
 STATED = {  # stored parameters, N, exact FLOPs of the run
     "configs/chinchilla.py": (64.69e9, 64.69e9, 5.66e23),
     "configs/chinchilla.py:44m": (41.6e6, 41.6e6, 3.08e17),
     "configs/llama3.py:8b": (8.03e9, 7.50e9, 8.69e23),
     "configs/llama3.py:70b": (70.55e9, 69.50e9, 7.22e24),
     "configs/llama3.py:405b": (405.85e9, 403.75e9, 4.10e25),
+    "configs/mixtral.py:8x7b": (46.70e9, 46.57e9, 8.94e22),
+    "configs/mixtral.py:8x22b": (140.63e9, 140.43e9, 2.51e23),
+    "configs/deepseek_moe.py": (16.38e9, 16.17e9, 3.71e22),
+    "configs/switch.py:base": (7.41e9, 7.387e9, 7.43e20),
+    "configs/switch.py:large": (27.05e9, 27.02e9, 2.43e21),
+    "configs/switch.py:xxl": (393.06e9, 392.9e9, 3.32e22),
+    "configs/switch.py:c": (1571.12e9, 1571.05e9, 5.31e21),
 }
 
 
@@ -84,6 +102,26 @@ def test_has_the_size_that_its_docstring_states(spec):
     assert count.total == pytest.approx(stored, rel=1e-3)
     assert count.blocks_and_head == pytest.approx(params, rel=1e-3)
     assert flops == pytest.approx(stated_flops, rel=2e-3)
+
+
+@pytest.mark.parametrize("spec", PUBLISHED_EXPERTS)
+def test_mixtures_of_experts_have_the_published_sizes(spec):
+    """Switch's are two stacks with cross-attention, of which ours is one without (to 6 %)."""
+    config = load(spec)
+    count = arithmetic.parameters(config.model, config.data.seq_len)
+    total, active = PUBLISHED_EXPERTS[spec]
+    assert count.total == pytest.approx(total, rel=0.06 if "switch" in spec else 3e-3)
+    if active:
+        assert count.active == pytest.approx(active, rel=0.011)
+        stated = f"{count.active / 1e9:.2f}e9"
+        assert stated in Path(spec.partition(":")[0]).read_text()
+
+
+def test_the_tiny_mixtral_costs_what_the_tiny_decoder_does():
+    """But for its routers: 2 layers x 32 x 8 weights, 6 FLOPs each."""
+    dense, experts = (load(f"configs/{name}").model for name in ("tiny.py", "mixtral.py:tiny"))
+    difference = arithmetic.flops_per_token(experts, 128) - arithmetic.flops_per_token(dense, 128)
+    assert difference == 6 * 2 * 32 * 8
 
 
 def test_chinchilla_is_the_papers_70_billion_with_its_relative_positions():

@@ -49,6 +49,12 @@ def recount(runs: RunTable, *, params: str = "blocks_and_head", flops: str = "6n
             f"counting params as {params} and flops as {flops} needs the runs' shapes: "
             f"no column {', '.join(missing)}"
         )
+    experts = runs.columns.get("n_experts")
+    if experts is not None and experts.dtype.kind == "f" and np.any(experts > 0):
+        raise BadInput(
+            f"counting params as {params} and flops as {flops}: run"
+            f" {runs.run_id[experts > 0][0]} has experts, whose shapes a table does not hold"
+        )
     model = arithmetic.model_columns(**_shapes(runs))
     seq_len = runs.columns["seq_len"].astype(np.int64)
     if params == "effective":

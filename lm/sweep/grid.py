@@ -30,7 +30,7 @@ class Rung:
 
     label: str  # as "d48-l3"
     model: ModelConfig
-    params: int  # blocks + head
+    params: int  # blocks + head, of experts the active ones
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _rung(config: Config, shape: tuple[int, int, int, int, int]) -> Rung:
         n_kv_heads=max(1, n_heads // config.sweep.query_group),
         n_layers=n_layers,
     )
-    params = arithmetic.parameters(model, config.data.seq_len).blocks_and_head
+    params = arithmetic.parameters(model, config.data.seq_len).active_blocks_and_head
     return Rung(f"d{d_model}-l{n_layers}", model, params)
 
 

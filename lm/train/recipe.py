@@ -13,7 +13,7 @@ from lm.train.schedule import Schedule
 class Recipe:
     """Every number of a run that its rules decide."""
 
-    params: int  # blocks + head
+    params: int  # blocks + head, of experts the active ones
     flops_per_token: float  # exact training FLOPs
     sequences: int  # rows of the global batch
     n_steps: int  # optimizer steps
@@ -40,7 +40,7 @@ def resolve(config: Config, batch_shards: int = 1) -> Recipe:
     """
     model, train, optimizer = config.model, config.train, config.optimizer
     seq_len = config.data.seq_len
-    params = arithmetic.parameters(model, seq_len).blocks_and_head
+    params = arithmetic.parameters(model, seq_len).active_blocks_and_head
     flops_per_token = arithmetic.flops_per_token(model, seq_len)
     tokens = train.flops / flops_per_token if train.flops else train.tokens
 

@@ -68,6 +68,9 @@ def test_what_is_missing_is_named():
     )  # fmt: skip
     with pytest.raises(BadInput, match="feed_forward mixes gelu, swiglu"):
         recount(mixed)
+    recount(one_run(n_experts=np.array([0.0])))
+    with pytest.raises(BadInput, match="row 0 has experts"):
+        recount(one_run(n_experts=np.array([8.0])))
 
 
 @pytest.fixture(scope="module")
