@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
-from lm.model.attention import Attention, allowed
+from lm.model.attention import Attention
 from lm.model.feedforward import FeedForward
 from lm.model.layers import Norm, Unembedding, sinusoidal
 from lm.model.loss import logits
@@ -40,13 +40,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(c)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ) -> tuple[jax.Array, None]:
         """The residual stream, and what nn.scan stacks."""
 
         def attend(y_BTD):
             y_BTD = constrain(y_BTD, "batch", "positions", "features")
-            y_BTD = self.attention(y_BTD, positions_BT, mask_BTS)
+            y_BTD = self.attention(y_BTD, positions_BT, segments_BT)
             return constrain(y_BTD, "batch", "sequence", "features")
 
         def feed_forward(y_BTD):
@@ -130,14 +130,13 @@ class Decoder(nn.Module):
         n_positions = inputs_BT.shape[1]
         if positions_BT is None:
             positions_BT = jnp.arange(n_positions)[None]
-        mask_BTS = allowed(n_positions, self.config.sliding_window, segments_BT)
         x_BTD = self.embed(inputs_BT, positions_BT)
         if self.config.scan_layers:
-            x_BTD, routing = self.layers(x_BTD, positions_BT, mask_BTS)
+            x_BTD, routing = self.layers(x_BTD, positions_BT, segments_BT)
         else:
             routing = None
             for layer in self.layer:
-                x_BTD, routing = layer(x_BTD, positions_BT, mask_BTS)
+                x_BTD, routing = layer(x_BTD, positions_BT, segments_BT)
         return self.last(x_BTD), routing
 
     def embed(self, inputs_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:

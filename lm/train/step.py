@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm.config import Config
 from lm.data import Batch
-from lm.model import Decoder, head_cross_entropy
+from lm.model import Decoder, choose_kernel, head_cross_entropy
 from lm.sharding import layout, named_sharding, placed, stored_shardings
 from lm.train import pipeline
 from lm.train.optimizer import adamw, apply_updates
@@ -45,7 +45,8 @@ class Program:
         runs of one shape (lengths, rates, seeds) is an argument of ``train``.
       mesh: with the axes of ``lm.sharding.mesh``; an abstract one can be lowered for, not run on.
 
-    Raises ``BadInput`` where the model does not divide over the mesh.
+    Raises ``BadInput`` where the model does not divide over the mesh, or names an attention kernel
+    that can't do what it asks there.
     """
 
     def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
@@ -56,6 +57,12 @@ class Program:
         boxed = jax.eval_shape(self._init, jax.random.key(0))
         self.abstract_state = nn.meta.unbox(boxed)
         self.layout = layout(config, mesh)
+        m = config.model
+        with placed(mesh, self.layout):  # refused here, not at the first step
+            choose_kernel(
+                *(m.attention_kernel, config.data.seq_len),
+                *(m.head_width, m.dtype, m.attention_soft_cap),
+            )
         self.state_sharding = State(
             NamedSharding(mesh, PartitionSpec()),
             stored_shardings(boxed.params, mesh, self.layout.params),
