@@ -39,11 +39,12 @@ class Attention(nn.Module):
         key_BSKH = project("key", c.n_kv_heads, "kv_heads")
         value_BSKH = project("value", c.n_kv_heads, "kv_heads")
         if c.qk_norm:
-            query_BTNH = Norm("rms", c.norm_eps, None, name="query_norm")(query_BTNH)
-            key_BSKH = Norm("rms", c.norm_eps, None, name="key_norm")(key_BSKH)
+            norm = ("rms", c.norm_eps, None, c.zero_centred_gains)
+            query_BTNH = Norm(*norm, name="query_norm")(query_BTNH)
+            key_BSKH = Norm(*norm, name="key_norm")(key_BSKH)
         if c.position == "rope":
-            query_BTNH = rotary.rotate(query_BTNH, positions_BT, c.rope_base)
-            key_BSKH = rotary.rotate(key_BSKH, positions_BT, c.rope_base)
+            query_BTNH = rotary.rotate(query_BTNH, positions_BT, c.rope_base, c.rope_scaling)
+            key_BSKH = rotary.rotate(key_BSKH, positions_BT, c.rope_base, c.rope_scaling)
         query_BTNH = constrain(query_BTNH, "batch", "positions", "act_heads", None)
         key_BSKH = constrain(key_BSKH, "batch", "keys", "act_kv_heads", None)
         value_BSKH = constrain(value_BSKH, "batch", "keys", "act_kv_heads", None)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
+from lm.model import rotary
 from lm.model.attention import Attention
 from lm.model.feedforward import FeedForward
 from lm.model.layers import Norm, Unembedding, sinusoidal
@@ -34,9 +35,9 @@ class Block(nn.Module):
 
     def setup(self):
         c = self.config
-        self.attention_norm = Norm(c.norm, c.norm_eps)
+        self.attention_norm = Norm(c.norm, c.norm_eps, zero_centred=c.zero_centred_gains)
         self.attention = Attention(c)
-        self.feed_forward_norm = Norm(c.norm, c.norm_eps)
+        self.feed_forward_norm = Norm(c.norm, c.norm_eps, zero_centred=c.zero_centred_gains)
         self.feed_forward = FeedForward(c)
 
     def __call__(
@@ -79,10 +80,10 @@ class Decoder(nn.Module):
     """Token ids in, logits out."""
 
     config: ModelConfig
-    max_positions: int  # the longest sequence, which learned positions need
+    max_positions: int  # the longest sequence, which learned positions and LongRoPE need
 
     def setup(self):
-        c = self.config
+        c = rotary.laid_out(self.config, self.max_positions)
         init = partitioned(nn.initializers.normal(c.d_model**-0.5), "vocab", "embed")
         self.embedding = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
         if c.position == "learned":
@@ -102,7 +103,7 @@ class Decoder(nn.Module):
         else:
             self.layer = [block(c) for _ in range(c.n_layers)]
         if c.norm_position == "pre":
-            self.final_norm = Norm(c.norm, c.norm_eps)
+            self.final_norm = Norm(c.norm, c.norm_eps, zero_centred=c.zero_centred_gains)
         if not c.tied:
             self.head = Unembedding(c)
 
@@ -148,8 +149,10 @@ class Decoder(nn.Module):
             raise ValueError(f"{n_positions} positions: {c.position} ones end at {last}")
         embedding_VD = gather(self.embedding.astype(c.dtype), "vocab", "embed")
         x_BTD = embedding_VD[inputs_BT]
+        # Vaswani et al. scale too: a sine is as large as an embedding.
+        if c.scaled_embedding or c.position == "sinusoidal":
+            x_BTD *= c.d_model**0.5
         if c.position == "sinusoidal":
-            x_BTD *= c.d_model**0.5  # as the paper has it: a sine is as large as an embedding
             x_BTD += sinusoidal(self.max_positions, c.d_model).astype(c.dtype)[positions_BT]
         elif c.position == "learned":
             table_TD = gather(self.positions.astype(c.dtype), "position", "embed")
