@@ -15,7 +15,7 @@ from jax.tree_util import keystr, tree_map_with_path
 from scipy.special import expit, softmax
 
 from lm import arithmetic
-from lm.config import ModelConfig
+from lm.config import ModelConfig, RopeScalingConfig
 from lm.model import Decoder, cross_entropy
 
 T = 7
@@ -72,17 +72,25 @@ def logits(config, params=None, inputs_BT=INPUTS_BT, **named):
 
 
 def norm(config, p, x, kind=None):
+    gain = p["gain"] + config.zero_centred_gains
     if (kind or config.norm) == "layer":
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(
             x.var(-1, keepdims=True) + config.norm_eps
-        ) * p["gain"] + p["bias"]
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * p["gain"]
+        ) * gain + p["bias"]
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * gain
 
 
 def turn(config, x, positions):
     half = config.head_width // 2
     angle = positions[:, None] * config.rope_base ** (-2 * np.arange(half) / config.head_width)
-    z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+    factor, scaling = 1, config.rope_scaling
+    if scaling.kind == "linear":
+        angle = angle / scaling.factor
+    if scaling.kind == "longrope":
+        long = scaling.original_positions < T
+        angle = angle / np.array(scaling.long_factors if long else scaling.short_factors)
+        factor = np.sqrt(1 + np.log(scaling.factor) / np.log(scaling.original_positions))
+    z = factor * (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
     return np.concatenate([z.real, z.imag], 1)
 
 
@@ -129,6 +137,8 @@ def reference(config, params, inputs_BT=INPUTS_BT, segments_BT=None, positions_B
         if segments_BT is not None:
             mask &= segments_BT[b][:, None] == segments_BT[b][None]
         x = p["embedding"][inputs]
+        if config.scaled_embedding:
+            x = x * np.sqrt(config.d_model)
         if config.position == "learned":
             x = x + p["positions"][positions]
         if config.position == "sinusoidal":
@@ -158,6 +168,7 @@ def reference(config, params, inputs_BT=INPUTS_BT, segments_BT=None, positions_B
     return np.stack(rows)
 
 
+FACTORS = dict(short_factors=(1.1, 1.5, 2.0), long_factors=(1.0, 3.0, 9.0))
 VARIANTS = {
     "base": {},
     "mha": dict(n_kv_heads=4),
@@ -170,9 +181,16 @@ VARIANTS = {
     "learned": dict(position="learned"),
     "no_positions": dict(position="none"),
     "rope_base": dict(rope_base=2.0),
+    "linear": dict(rope_scaling=RopeScalingConfig("linear", 4.0)),
+    "longrope": dict(rope_scaling=RopeScalingConfig("longrope", 4.0, T - 1, **FACTORS)),
+    "longrope_short": dict(rope_scaling=RopeScalingConfig("longrope", 4.0, T, **FACTORS)),
     "geglu": dict(feed_forward="geglu"),
     "gelu": dict(feed_forward="gelu"),
     "relu": dict(feed_forward="relu"),
+    "scaled_embedding": dict(scaled_embedding=True),
+    "zero_centred_gains": dict(zero_centred_gains=True),
+    "zero_centred_layer_norm": dict(zero_centred_gains=True, norm="layer"),
+    "zero_centred_qk_norm": dict(zero_centred_gains=True, qk_norm=True),
     "tied": dict(tied=True),
     "qkv_bias": dict(qkv_bias=True),
     "qk_norm": dict(qk_norm=True),
