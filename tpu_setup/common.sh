@@ -24,8 +24,8 @@ say() {
     printf '%s  %s\n' "$(date -u +%H:%M:%S)" "$*" >&2
 }
 
-variable() { # --dry_run -> DRY_RUN
-    tr '[:lower:]' '[:upper:]' <<<"${1//[-=]/}"
+variables() { # --dry_run -> DRY_RUN, line by line
+    tr -d '=-' <<<"$1" | tr '[:lower:]' '[:upper:]'
 }
 
 # The flags that a help text describes: "--zone=" takes a value, "--spot" takes none.
@@ -40,7 +40,7 @@ parse_flags() {
     local help=$1 known argument flag zone=${ZONE:-}
     shift
     known=$(flags_in "$help")
-    while read -r flag; do printf -v "$(variable "$flag")" ''; done <<<"$known"
+    while read -r flag; do printf -v "$flag" ''; done < <(variables "$known")
     NAME=${TPU_NAME:-} ZONE=$zone PROJECT=${PROJECT_ID:-} SLICES=1 COMMAND=()
     while (($#)); do
         argument=$1
@@ -54,10 +54,10 @@ parse_flags() {
         esac
         if grep -qxF -e "$flag=" <<<"$known"; then
             [[ $argument == *=?* ]] || fail "$flag needs a value: $flag=VALUE"
-            printf -v "$(variable "$flag")" '%s' "${argument#*=}"
+            printf -v "$(variables "$flag")" '%s' "${argument#*=}"
         elif grep -qxF -e "$flag" <<<"$known"; then
             [[ $argument != *=* ]] || fail "$flag takes no value"
-            printf -v "$(variable "$flag")" 1
+            printf -v "$(variables "$flag")" 1
         else
             fail "unknown flag $flag (known: $(tr -d = <<<"$known" | paste -sd ' ' -))"
         fi

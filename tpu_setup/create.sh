@@ -20,16 +20,16 @@ HELP="Asks for TPU slices through a queued resource, and waits until they are th
   --poll=30          seconds between two looks at its state
 $COMMON"
 
-shape_of() { # "256 chips on 64 workers"; fails for what is no type
+shape_of() { # "256 chips, workers: 64"; fails for what is no type
     local chips=${1##*-}
     [[ $1 =~ ^(v5litepod|v6e)-(1|4|8|16|32|64|128|256)$ || $1 =~ ^(v4|v5p)-[1-9][0-9]*$ ]] || return
     if [[ $1 == v4-* || $1 == v5p-* ]]; then
         ((chips % 8 == 0)) || return
         chips=$((chips / 2))
     elif ((chips <= 8)); then
-        echo "$chips chips on 1 worker" && return
+        echo "$chips chips, workers: 1" && return
     fi
-    echo "$chips chips on $((chips / 4)) workers"
+    echo "$chips chips, workers: $((chips / 4))"
 }
 
 parse_flags "$HELP" "$@"
@@ -61,7 +61,7 @@ request+=(--scopes=https://www.googleapis.com/auth/cloud-platform)
 [[ ! $SERVICE_ACCOUNT ]] || request+=(--service-account="$SERVICE_ACCOUNT")
 [[ ! $VALID_FOR ]] || request+=(--valid-until-duration="$VALID_FOR")
 
-say "$NAME: $SLICES x $TYPE, $shape each"
+say "$NAME: $SLICES x $TYPE ($shape)"
 tpus queued-resources create "$NAME" "${request[@]}"
 [[ ! $NO_WAIT ]] || exit 0
 if [[ $DRY_RUN ]]; then

@@ -54,7 +54,7 @@ build() {
 }
 
 begin() {
-    if ! { call install.sh && call launch.sh -- "${COMMAND[@]}"; }; then failed "no start"; fi
+    if ! { call install.sh && call launch.sh -- "${COMMAND[@]}"; }; then failed "no start" || true; fi
 }
 
 rebuild() {
@@ -69,10 +69,13 @@ finish() { # finish CODE WORD...
 }
 
 failures=0
-failed() {
+failed() { # it counts where the slices outlive it, and only then does this succeed
+    say "$*; a pre-emption?"
+    sleep "$PATIENCE"
+    [[ $(state) == ACTIVE ]] || return
     failures=$((failures + 1))
-    ((failures <= RETRIES)) || finish 1 "failed $failures times ($*); tpu_setup/logs.sh shows why"
-    say "failure $failures of at most $RETRIES: $*"
+    ((failures <= RETRIES)) || finish 1 "failed $failures times; tpu_setup/logs.sh shows why"
+    say "no: failure $failures, and $RETRIES are allowed"
 }
 
 report() { # one line a worker: running, idle, or exit CODE
@@ -107,10 +110,7 @@ look() {
         *$'\nexit 2\n'*) finish 2 "bad input; tpu_setup/logs.sh shows which" ;;
         *$'\nrunning\n'*) ;; # also beside ended ones: those that remain end within a minute
         *$'\nexit 75\n'* | $'\nidle\n') begin ;;
-        *)
-            sleep "$PATIENCE"
-            [[ $(state) != ACTIVE ]] || { failed "$summary" && begin; }
-            ;;
+        *) if failed "$summary"; then begin; fi ;;
     esac
 }
 

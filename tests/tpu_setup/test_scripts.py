@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from lm.config_file import load
-
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tpu_setup"
 ENTRIES = sorted(path.name for path in FOLDER.glob("*.sh") if path.name != "common.sh")
@@ -159,13 +157,11 @@ def refused(script, *arguments):
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-@pytest.mark.parametrize(
-    "wrong, said",
-    [("--zoned=x", "unknown flag --zoned"), ("lm", "unexpected argument 'lm'"), ("--dry_run=1", "")],
-)
-def test_bad_flags_are_one_line(name, wrong, said):
+def test_bad_flags_are_one_line(name):
     verb = ["status"] if name == "worker.sh" else []
-    assert said in refused(name, *verb, wrong)
+    assert "unknown flag --zoned" in refused(name, *verb, "--zoned=x")
+    assert "unexpected argument 'lm'" in refused(name, *verb, "lm")
+    assert "--dry_run takes no value" in refused(name, *verb, "--dry_run=1")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +216,7 @@ def test_create_asks_for_256_chips_of_v5p():
         f" --runtime-version=v2-alpha-tpuv5 --node-id=lm {SCOPE} --reserved --network=n"
         f" --subnetwork=s --service-account=a@p --valid-until-duration=6h {AT}"
     )
-    assert "256 chips on 64 workers" in bash("create.sh", *given, "--dry_run").stderr
+    assert "1 x v5p-512 (256 chips, workers: 64)" in bash("create.sh", *given, "--dry_run").stderr
 
 
 def test_create_asks_for_two_slices_of_one_kind():
@@ -339,7 +335,7 @@ def test_a_preempted_run_is_built_anew_and_goes_on(cloud):
     assert result.returncode == 0, result.stderr
     assert acts(calls) == [*BUILT, "delete", *BUILT]
     first, second = (call for call in calls if "start" in " ".join(call))
-    assert first == second and shlex.split(first[7])[-len(TRAIN) :] == TRAIN
+    assert first == second and shlex.split(first[6])[-len(TRAIN) :] == TRAIN
     first, second = (call for call in calls if call[3] == "create")
     assert first == second and "--spot" in first
 
@@ -416,7 +412,8 @@ def until(worker, wanted):
 @pytest.mark.skipif(sys.platform != "linux", reason="workers run Linux")
 def test_a_worker_runs_a_command_to_its_exit_code(worker):
     assert worker("status") == (0, "lm-run: idle\n")
-    assert worker("start", "--", "bash", "-c", 'echo "in ${PWD##*/}: $1"; exit 3', "-", "a b")[0] == 0
+    command = ["bash", "-c", 'echo "in ${PWD##*/}: $1"; exit 3', "-", "a b"]
+    assert worker("start", "--", *command)[0] == 0
     until(worker, "exit 3")
     log = worker("tail", "--last=2")[1]
     assert log.startswith("in lm: a b\n") and log.endswith("exit code 3\n")
