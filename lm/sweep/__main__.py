@@ -19,7 +19,7 @@ from lm.command import DONE, FAILED, PREEMPTED, BadInput
 from lm.config_file import config_from_flags, define_config_flag
 from lm.sweep import grid
 from lm.sweep.backends import Inline, Processes, available_cores
-from lm.sweep.display import Display, accounting_line, budgets_table, summary
+from lm.sweep.display import Display, accounting_line, budgets_table, clock, summary
 from lm.sweep.launch import Study, account, cannot_start, launch, refuse_more_workers
 from lm.sweep.store import Store
 from lm.train.recipe import check_vocabulary
@@ -35,6 +35,7 @@ flags.DEFINE_enum(
     flag_values=FLAGS,
 )
 flags.DEFINE_integer("workers", 0, "Of --backend=processes (0: one a core).", flag_values=FLAGS)
+flags.DEFINE_bool("retry", False, "Try the runs again that were set aside.", flag_values=FLAGS)
 flags.DEFINE_bool("status", False, "Show how the study stands, and end.", flag_values=FLAGS)
 
 
@@ -58,15 +59,15 @@ def main() -> int | None:
     backend = Inline()
     if FLAGS.backend == "processes":
         backend = Processes(workers, store.workdir / "workers.log")
-    return run(Study(config, store, started=started), backend, console)
+    return run(Study(config, store, started=started), backend, console, FLAGS.retry)
 
 
-def run(study: Study, backend, console: Console) -> int:
+def run(study: Study, backend, console: Console, retry: bool = False) -> int:
     """Launches the study, prints how it went, returns the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with Display(console) as display:
-            launch(study, backend, display)
+            launch(study, backend, display, ("failed", *(["set aside"] if retry else [])))
     except KeyboardInterrupt:
         console.print(f"interrupted: {summary(study)}; the same command goes on", markup=False)
         return PREEMPTED
@@ -74,10 +75,7 @@ def run(study: Study, backend, console: Console) -> int:
     console.print(budgets_table(study))
     console.print(accounting_line(account(study, backend.workers, wall_seconds)), markup=False)
     console.print(f"{summary(study)}; {study.store.workdir / 'runs.csv'}", markup=False)
-    for run_id, reason in sorted(study.failed.items()):
-        console.print(
-            f"failed: {run_id}: {reason} ({study.store.folder(run_id) / 'log.txt'})", markup=False
-        )
+    _show_failed(study, console)
     if study.failed and (waiting := cannot_start(study)):
         told = ", ".join(f"{flops:.3g}" for flops in waiting)
         console.print(f"runs at {told} FLOPs wait for these; the same command tries again")
@@ -86,14 +84,28 @@ def run(study: Study, backend, console: Console) -> int:
 
 def _show_status(study: Study, console: Console) -> int:
     study.refresh()
-    study.failed = study.store.failures()
-    study.running = {run_id: {} for run_id in study.store.begun() - set(study.failed)}
     console.print(budgets_table(study))
     total, done = study.total_flops(), study.done_flops()
-    console.print(f"{100 * done / total:.0f} % of {total:.3g} FLOPs done", markup=False)
-    for run_id, reason in study.failed.items():
-        console.print(f"failed: {run_id}: {reason}", markup=False)
+    left = study.seconds_left_elsewhere()
+    console.print(
+        f"{100 * done / total:.0f} % of {total:.3g} FLOPs done"
+        + (f", {clock(left)} left" if left is not None else "")
+    )
+    for run_id in study.where("running"):
+        console.print(f"running: {run_id} ({study.store.leases.last(run_id).owner})", markup=False)
+    _show_failed(study, console)
     return DONE
+
+
+def _show_failed(study: Study, console: Console) -> None:
+    for run_id, reason in sorted(study.failed.items()):
+        log = study.store.folder(run_id) / "log.txt"
+        console.print(f"{study.states[run_id]}: {run_id}: {reason} ({log})", markup=False)
+        if study.states[run_id] == "set aside":
+            for line in study.store.leases.last(run_id).log_tail:
+                console.print(f"    {line}", markup=False)
+    if study.where("set aside"):
+        console.print("set aside: killed its worker three times; --retry tries again")
 
 
 if __name__ == "__main__":

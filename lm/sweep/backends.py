@@ -17,6 +17,7 @@ from typing import Any
 
 from lm.sweep.worker import TRAINER, Runner
 
+LINES_OF_LOG = 10  # that are kept of a worker that died
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -89,8 +90,7 @@ class Processes:
         if event is None:
             self._workers[self._workers.index(worker)] = None
             if worker.job:
-                reason = worker.last_words()
-                tell({"kind": "died", "run_id": worker.job["run_id"], "reason": reason})
+                tell({"kind": "died", "run_id": worker.job["run_id"], **worker.last_words()})
         elif event["kind"] != "ready":
             event["run_id"] = worker.job["run_id"]
             if event["kind"] != "progress":
@@ -142,16 +142,16 @@ class _Worker:
         except BrokenPipeError:
             pass  # it has died: the listener tells so
 
-    def last_words(self) -> str:
-        """How the process ended, and the last line of its log."""
+    def last_words(self) -> dict[str, Any]:
+        """How the process ended, with the last line of its log, and the log's tail."""
         code = self.process.wait()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        reason = f"its worker ended by {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
         for log in (Path(self.job["folder"]) / "log.txt", self._outside_log):
             lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-            said = [line.strip() for line in lines if line.strip()]
+            said = [line.rstrip() for line in lines if line.strip()][-LINES_OF_LOG:]
             if said:
-                return f"its worker ended by {how}: {said[-1]}"
-        return f"its worker ended by {how}"
+                return {"reason": f"{reason}: {said[-1].strip()}", "log_tail": said}
+        return {"reason": reason}
 
 
 def available_cores() -> int:

@@ -45,15 +45,15 @@ class Display:
 def summary(study: Study) -> str:
     """As "12/35 runs, 34 % of 3.1e+13 FLOPs, 0:04:10, 0:05:20 left"."""
     total, done = study.total_flops(), study.done_flops()
-    n_done = sum(run_id in study.store.losses() for run_id in study.runs)
+    n_done = len(study.where("done"))
     parts = [
         f"{n_done}/{_n_runs(study)} runs",
         f"{100 * done / total:.0f} % of {total:.2e} FLOPs",
-        _clock(time.monotonic() - study.started),
+        clock(time.monotonic() - study.started),
     ]
     left = study.seconds_left()
     if left is not None and done < total:
-        parts.append(f"{_clock(left)} left")
+        parts.append(f"{clock(left)} left")
     return ", ".join(parts)
 
 
@@ -80,25 +80,24 @@ def budgets_table(study: Study) -> Table:
         "done",
         "under way",
         "failed",
+        "set aside",
         "N expected",
         "N at minimum",
         "loss",
     ):
         table.add_column(column, justify="right")
-    losses = study.store.losses()
     for budget, found in zip(study.budgets, study.minima(), strict=True):
-        ids = [run.run_id for run in budget.runs]
+        states = [study.states[run.run_id] for run in budget.runs]
         table.add_row(
             f"{budget.flops:.3g}",
-            f"{sum(i in losses for i in ids)}/{len(ids)}",
-            str(sum(i in study.running for i in ids)),
-            str(sum(i in study.failed for i in ids)),
+            f"{states.count('done')}/{len(states)}",
+            *(str(states.count(state)) for state in ("running", "failed", "set aside")),
             f"{budget.expected:,.0f}",
             f"{found.params:,.0f}{'' if found.interior else ' (edge)'}" if found else "",
             f"{found.loss:.4f}" if found else "",
         )
     for flops in study.config.sweep.budgets[len(study.budgets) :]:
-        table.add_row(f"{flops:.3g}", f"0/{study.config.sweep.sizes}", "", "", "", "", "")
+        table.add_row(f"{flops:.3g}", f"0/{study.config.sweep.sizes}")
     return table
 
 
@@ -123,6 +122,7 @@ def _n_runs(study: Study) -> int:
     return len(study.runs) + unplanned * study.config.sweep.sizes
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """As "1:02:03"."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

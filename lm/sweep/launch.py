@@ -13,7 +13,7 @@ from lm.config import Config, to_dict
 from lm.sweep import grid
 from lm.sweep.store import SCHEMA, Store
 
-ATTEMPTS = 3  # of a run whose worker dies, in one call
+SECONDS_BETWEEN_LOOKS = 1.0  # at what other launchers do, while this one could take a run
 ACCOUNT = ("step", "compile", "evaluate", "data")  # of a run's seconds, as its result tells
 
 
@@ -24,15 +24,30 @@ class Study:
     config: Config
     store: Store
     budgets: tuple[grid.Budget, ...] = ()
-    running: dict[str, dict] = field(default_factory=dict)  # run_id -> its last progress
-    failed: dict[str, str] = field(default_factory=dict)  # run_id -> reason
+    states: dict[str, str] = field(default_factory=dict)  # run_id -> done or as Leases.state
+    running: dict[str, dict] = field(default_factory=dict)  # here: run_id -> its last progress
+    trained: set[str] = field(default_factory=set)  # by this launcher
     done_at_start: set[str] = field(default_factory=set)
     started: float = field(default_factory=time.monotonic)
 
     def refresh(self) -> None:
-        """Looks at what is done, and plans anew from it."""
+        """Looks at what is done and under way, and plans anew from it."""
         self.store.scan()
-        self.budgets = grid.plan(self.config, self.store.losses())
+        losses = self.store.losses()
+        self.budgets = grid.plan(self.config, losses)
+        self.store.leases.look(losses)
+        state = self.store.leases.state
+        self.states = {i: "done" if i in losses else state(i) for i in self.runs}
+
+    def where(self, *states: str) -> list[str]:
+        """The planned runs that are in one of ``states``."""
+        return [run_id for run_id, state in self.states.items() if state in states]
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Reasons of the runs that failed or were set aside."""
+        last = self.store.leases.last
+        return {run_id: last(run_id).reason for run_id in self.where("failed", "set aside")}
 
     @property
     def runs(self) -> dict[str, grid.Run]:
@@ -57,6 +72,15 @@ class Study:
         elapsed = time.monotonic() - self.started
         return elapsed * (self.total_flops() - self.done_flops()) / done
 
+    def seconds_left_elsewhere(self) -> float | None:
+        """With the runs under way now, at the FLOP/s of one that finished; None where none is."""
+        rows, running = self.store.rows(), len(self.where("running"))
+        seconds = sum(row["wall_seconds"] or 0.0 for row in rows)
+        if not seconds or not running:
+            return None
+        left = self.total_flops() - self.done_flops()
+        return left * seconds / sum(row["flops"] for row in rows) / running
+
     def minima(self) -> list[grid.Minimum | None]:
         """Of each planned budget, from all of its finished runs."""
         losses = self.store.losses()
@@ -68,16 +92,25 @@ class Study:
         return found
 
 
-def launch(study: Study, backend, show: Callable[[Study, str], None]) -> None:
+def launch(
+    study: Study,
+    backend,
+    show: Callable[[Study, str], None],
+    forgiven: tuple[str, ...] = ("failed",),
+) -> None:
     """Trains every run that is not done and can be; the tables are up to date whenever this ends.
 
-    ``show(study, line)`` is called after every event, ``line`` saying what ended ("" for progress).
-    A run that fails is left for the next call, and so are the budgets whose sizes it would tell.
+    Any number of launchers may do so at once. ``show(study, line)`` is called after every event,
+    ``line`` saying what ended ("" for progress). A run that fails is left for the next call, and so
+    are the budgets whose sizes it would tell. ``forgiven``: states of runs that are tried again.
     """
-    attempts: dict[str, int] = {}
-    store = study.store
+    store, leases = study.store, study.store.leases
     study.refresh()
     study.done_at_start = set(store.losses())
+    for run_id in study.where(*forgiven):
+        leases.forgive(run_id)
+        study.states[run_id] = leases.state(run_id)
+    looked = time.monotonic()
 
     def tell(event: dict) -> None:
         run_id, kind = event["run_id"], event["kind"]
@@ -85,45 +118,52 @@ def launch(study: Study, backend, show: Callable[[Study, str], None]) -> None:
             study.running[run_id] = event
             return show(study, "")
         del study.running[run_id]
+        leases.end(run_id, kind, event.get("reason", ""), tuple(event.get("log_tail", ())))
+        study.states[run_id] = leases.state(run_id)
         if kind == "done":
+            study.trained.add(run_id)
             study.refresh()
             store.write_tables()
             loss = store.losses()[run_id]
             said = "diverged" if math.isnan(loss) else f"loss {loss:.4f}"
             show(study, f"{run_id}: {said}, {event['seconds']:.0f} s")
-        elif kind == "died" and attempts[run_id] < ATTEMPTS:
+        elif study.states[run_id] == "waiting":
             show(study, f"{run_id}: {event['reason']}; trying again")
         else:
-            study.failed[run_id] = event["reason"]
-            store.set_failure(run_id, event["reason"])
-            show(study, f"{run_id}: failed, {event['reason']}")
+            show(study, f"{run_id}: {study.states[run_id]}, {event['reason']}")
 
-    try:
-        while True:
-            for run in ready(study)[: backend.free]:
-                attempts[run.run_id] = attempts.get(run.run_id, 0) + 1
-                study.running[run.run_id] = {}
-                store.set_failure(run.run_id, None)
-                backend.submit(_job(store, run))
-            if not study.running:
-                break
-            backend.wait(tell)
-            show(study, "")
-    finally:
-        backend.close()
-        store.write_tables()
+    with leases.kept():
+        try:
+            while True:
+                while backend.free and (waiting := ready(study)):
+                    run = waiting[0]
+                    if leases.claim(run.run_id):
+                        study.running[run.run_id] = {}
+                        backend.submit(_job(store, run))
+                    study.states[run.run_id] = leases.state(run.run_id)
+                elsewhere = set(study.where("running")) - set(study.running)
+                if study.running:
+                    backend.wait(tell)
+                    show(study, "")
+                elif elsewhere:  # whoever trains them may die
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                else:
+                    break
+                if backend.free and elsewhere and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
+                    study.refresh()
+                    looked = time.monotonic()
+        finally:
+            backend.close()
+            store.write_tables()
 
 
 def ready(study: Study) -> list[grid.Run]:
     """Runs that can start now, in the order in which they should."""
-    done = study.store.losses()
     return [
         run
         for run in grid.in_order(study.budgets)
-        if run.run_id not in done
-        and run.run_id not in study.running
-        and run.run_id not in study.failed
-        and (run.parent is None or run.parent in done)
+        if study.states[run.run_id] == "waiting"
+        and (run.parent is None or study.states.get(run.parent) == "done")
     ]
 
 
@@ -144,7 +184,7 @@ def account(study: Study, workers: int, wall_seconds: float) -> dict:
     A worker stands for its share of the machine, so this is cores x wall over cores x step time.
     None where nothing was trained. Also appended to the study's ``calls.jsonl``.
     """
-    rows = [r for r in study.store.rows() if r["run_id"] not in study.done_at_start]
+    rows = [r for r in study.store.rows() if r["run_id"] in study.trained]
     seconds = {name: sum(r[f"{name}_seconds"] for r in rows) for name in ACCOUNT}
     in_runs = sum(r["wall_seconds"] for r in rows)
     seconds["other in runs"] = in_runs - sum(seconds.values())
@@ -165,12 +205,7 @@ def account(study: Study, workers: int, wall_seconds: float) -> dict:
 
 def cannot_start(study: Study) -> list[float]:
     """Budgets with runs that wait for a failed one."""
-    done = study.store.losses()
-    waiting = {
-        run.flops
-        for run in study.runs.values()
-        if run.run_id not in done and run.run_id not in study.failed
-    }
+    waiting = {study.runs[run_id].flops for run_id in study.where("waiting")}
     return sorted(waiting | set(study.config.sweep.budgets[len(study.budgets) :]))
 
 

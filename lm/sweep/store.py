@@ -1,4 +1,4 @@
-"""The folder of a study: ``study.json``, ``runs/<run_id>/``, and the tables made from them.
+"""The folder of a study: ``study.json``, ``leases/``, ``runs/<run_id>/``, and the tables.
 
 A run is done when its ``result.json`` is there. ``runs.csv`` and ``curves.csv`` are made anew from
 those files, so they hold no state of their own.
@@ -15,6 +15,8 @@ import numpy as np
 
 from lm.command import BadInput, write_atomically
 from lm.config import Config, differences, from_config_dict, to_dict
+from lm.sweep.files import Folder
+from lm.sweep.leases import Leases
 from lm.train.metrics import read_metrics
 
 SCHEMA = 1
@@ -30,10 +32,11 @@ POINTS_A_DECADE = 40  # of tokens, in curves.csv
 
 
 class Store:
-    """Reads and writes the folder ``workdir`` of a study."""
+    """Reads and writes the folder ``workdir`` of a study. ``owner``: as for ``Leases``."""
 
-    def __init__(self, workdir: str | Path):
+    def __init__(self, workdir: str | Path, owner: str = ""):
         self.workdir = Path(workdir)
+        self.leases = Leases(Folder(workdir), owner)
         self._rows: dict[str, dict] = {}
         self._curves: dict[str, list[tuple]] = {}
 
@@ -84,25 +87,18 @@ class Store:
             for row in self.rows()
         }
 
-    def failures(self) -> dict[str, str]:
-        """Reasons of the runs whose last attempt failed."""
-        paths = (self.workdir / "runs").glob("*/failure.json")
-        return {p.parent.name: json.loads(p.read_text())["reason"] for p in sorted(paths)}
-
-    def set_failure(self, run_id: str, reason: str | None) -> None:
-        """Notes why a run failed, or forgets it (None)."""
-        path = self.folder(run_id) / "failure.json"
-        if reason is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_atomically(path, json.dumps({"schema": SCHEMA, "reason": reason}, indent=1))
-
-    def begun(self) -> set[str]:
-        """Runs that have a folder and no result: running, interrupted or failed."""
-        return {p.name for p in (self.workdir / "runs").glob("*") if p.is_dir()} - set(self._rows)
-
     def write_tables(self) -> None:
-        """Writes ``runs.csv`` and ``curves.csv``."""
+        """Writes ``runs.csv`` and ``curves.csv``.
+
+        Of launchers that write at once the last one wins, so each looks again after it wrote.
+        """
+        n = -1
+        while n < len(self._rows):
+            n = len(self._rows)
+            self._write_tables()
+            self.scan()
+
+    def _write_tables(self) -> None:
         rows = self.rows()
         for row in rows:
             if row["run_id"] not in self._curves:
@@ -135,7 +131,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "optimizer": "adamw b1={beta1} b2={beta2} wd={weight_decay} clip={clip_norm}".format(
             **config["optimizer"]
         ),
-        "n_experts": config["model"].get("n_experts", 0),
+        "n_experts": config["model"].get("moe", {}).get("n_experts", 0),
         **result,
         "run_id": folder.name,
     }

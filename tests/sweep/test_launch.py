@@ -1,7 +1,9 @@
 """Launching: everything once, only what is missing, whatever fails, dies or is interrupted."""
 
 import csv
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,13 +41,13 @@ def processes(workdir, workers=2):
     return Processes(workers, workdir / "workers.log", FAKE)
 
 
-def run(config, workdir, backend=inline):
+def run(config, workdir, backend=inline, **more):
     """(the study, its exit code, what was printed)"""
     store = Store(workdir)
     store.claim(config)
     study = launch.Study(config, store)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))
-    code = command_line.run(study, backend(workdir), console)
+    code = command_line.run(study, backend(workdir), console, **more)
     return study, code, console.export_text()
 
 
@@ -108,7 +110,6 @@ def test_a_failed_run_is_told_kept_apart_and_tried_again(config, tmp_path, undis
 
     _, code, _ = run(config, tmp_path, backend)
     assert code == 0 and rows(tmp_path) == undisturbed
-    assert not list(tmp_path.glob("runs/*/failure.json"))
 
 
 def test_a_killed_worker_is_replaced_and_its_run_done(config, tmp_path, undisturbed):
@@ -119,14 +120,21 @@ def test_a_killed_worker_is_replaced_and_its_run_done(config, tmp_path, undistur
     assert code == 0 and rows(tmp_path) == undisturbed
 
 
-def test_a_run_that_kills_its_worker_three_times_fails(config, tmp_path):
+def test_a_run_that_kills_its_worker_three_times_is_set_aside(config, tmp_path, undisturbed):
     killing = first_id(config)
     for i in range(3):
         (tmp_path / f"kill-{killing}-{i}").touch()
     study, code, printed = run(config, tmp_path, processes)
     assert code == 1 and printed.count("trying again") == 2
     assert study.failed == {killing: "its worker ended by SIGKILL: about to kill"}
+    assert study.where("set aside") == [killing]
+    assert f"set aside: {killing}: its worker ended by SIGKILL: about to kill" in printed
     assert len(rows(tmp_path)) == 4
+
+    _, code, printed = run(config, tmp_path)
+    assert code == 1 and "nothing was trained" in printed
+    _, code, _ = run(config, tmp_path, retry=True)
+    assert code == 0 and rows(tmp_path) == undisturbed
 
 
 def test_a_diverged_run_is_finished(config, tmp_path):
@@ -149,3 +157,27 @@ def test_an_interrupt_leaves_what_is_done(config, tmp_path, undisturbed):
     assert len(rows(tmp_path)) == 2
     _, code, _ = run(config, tmp_path)
     assert code == 0 and rows(tmp_path) == undisturbed
+
+
+LAUNCHER = """
+import os, sys
+from rich.console import Console
+from lm.sweep import __main__ as command_line
+from lm.sweep.backends import Processes
+from lm.sweep.launch import Study
+from lm.sweep.store import Store
+store = Store(sys.argv[1])
+backend = Processes(1, store.workdir / "workers.log", "fake_trainer:train")
+sys.exit(command_line.run(Study(store.config(), store), backend, Console()))
+"""
+
+
+def test_launchers_at_once_share_the_runs(config, tmp_path, undisturbed):
+    Store(tmp_path).claim(config)
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
+    launchers = [subprocess.Popen(command) for _ in range(2)]
+    assert [launcher.wait() for launcher in launchers] == [0, 0]
+    assert rows(tmp_path) == undisturbed
+    attempts = [json.loads(p.read_text()) for p in tmp_path.glob("leases/*.json")]
+    assert [attempt["end"] for attempt in attempts] == ["done"] * len(undisturbed)
+    assert len({attempt["owner"] for attempt in attempts}) == 2

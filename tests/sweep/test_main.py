@@ -84,40 +84,51 @@ def test_a_changed_study_is_refused(config_file, tmp_path, capsys, monkeypatch):
 
 
 def begun_study(workdir):
-    """A study of which one run is done, one failed and one is under way."""
-    sweep_config = SweepConfig(budgets=(1e9, 1e10), sizes=3, widths=(8, 16, 24, 32))
+    """A study of which one run is done, one failed, one set aside and one is under way."""
+    sweep_config = SweepConfig(budgets=(1e9, 1e10), sizes=4, widths=(8, 16, 24, 32))
     config = Config(sweep=sweep_config, train=TrainConfig(batch_tokens=1024.0))
     store = Store(workdir)
     store.claim(config)
     study = launch.Study(config, store)
     study.refresh()
-    done, failed, under_way = study.runs.values()
-    for run in (done, under_way):
-        store.folder(run.run_id).mkdir(parents=True)
+    done, failed, set_aside, under_way = study.runs.values()
+    store.folder(done.run_id).mkdir(parents=True)
     written = json.dumps({"schema": 1, "config": to_dict(done.config)})
     (store.folder(done.run_id) / "config.json").write_text(written)
     result = {"status": "done", "loss": 2.345, "flops": 1e9, "tokens": 10, "params": done.params}
+    result["wall_seconds"] = 60.0
     (store.folder(done.run_id) / "result.json").write_text(json.dumps(result))
-    store.set_failure(failed.run_id, "MemoryError: no room")
+    for run, end, reason in [
+        (failed, "failed", "MemoryError: no room"),
+        *[(set_aside, "died", "its worker ended by SIGKILL: step 5")] * 3,
+    ]:
+        store.leases.claim(run.run_id)
+        store.leases.end(run.run_id, end, reason, ("compiling", "step 5"))
+    elsewhere = Store(workdir, "another-host:17")
+    elsewhere.leases.claim(under_way.run_id)
     study.refresh()
-    return study, failed.run_id, under_way.run_id
+    return study, failed.run_id, set_aside.run_id, under_way.run_id
 
 
 def test_status(tmp_path, capsys):
-    _, failed, _ = begun_study(tmp_path)
+    _, failed, set_aside, under_way = begun_study(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     code, out, _ = call(capsys, f"--workdir={tmp_path}", "--status")
     assert code == 0
     assert f"failed: {failed}: MemoryError: no room" in out
-    assert "3 % of 3.3e+10 FLOPs done" in out
+    assert f"set aside: {set_aside}: its worker ended by SIGKILL: step 5" in out
+    assert "    compiling\n    step 5\n" in out
+    assert f"running: {under_way} (another-host:17)" in out
+    # One worker, of which 1e9 FLOPs took a minute, has 43e9 before it.
+    assert "2 % of 4.4e+10 FLOPs done, 0:43:00 left" in out
     line = next(line for line in out.splitlines() if "1e+09" in line)
-    assert [cell.strip() for cell in line.strip("│").split("│")][1:4] == ["1/3", "1", "1"]
+    assert [cell.strip() for cell in line.strip("│").split("│")][1:5] == ["1/4", "1", "1", "1"]
     assert "2.3450" in line
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
 def test_the_live_picture(tmp_path):
-    study, _, under_way = begun_study(tmp_path)
+    study, _, _, under_way = begun_study(tmp_path)
     progress = {"step": 5, "n_steps": 10, "flops": 5e8, "loss": 3.21}
     study.running = {under_way: progress}
     study.started -= 60
@@ -126,22 +137,23 @@ def test_the_live_picture(tmp_path):
         show(study, "a run ended")
     seen = console.export_text()
     assert "a run ended" in seen
-    assert "1/6 runs, 5 % of 3.30e+10 FLOPs, 0:01:00, 0:21:0" in seen
+    assert "1/8 runs, 3 % of 4.40e+10 FLOPs, 0:01:00, 0:28:" in seen
     assert f"{under_way}  step 5/10  loss 3.210" in seen
 
 
 def test_seconds_left_are_by_the_flops_of_this_call(tmp_path):
-    study, _, under_way = begun_study(tmp_path)
+    study, _, _, under_way = begun_study(tmp_path)
     study.done_at_start = set(study.store.losses())
     assert study.seconds_left() is None
     study.running = {under_way: {"flops": 1e9}}
     study.started -= 10
-    assert study.seconds_left() == pytest.approx(10 * 31, rel=0.01)
+    assert study.seconds_left() == pytest.approx(10 * 42, rel=0.01)
 
 
 def test_the_account_adds_up(tmp_path):
-    study, _, _ = begun_study(tmp_path)
+    study, *_ = begun_study(tmp_path)
     row = study.store.rows()[0]
+    study.trained = {row["run_id"]}
     row.update(
         step_seconds=40.0,
         compile_seconds=5.0,

@@ -125,12 +125,20 @@ def test_budgets_may_be_added_above_only(tmp_path):
     assert store.config().sweep.budgets == (1e9, 1e10, 1e11)
 
 
-def test_failures_are_kept_and_forgotten(tmp_path):
+def test_tables_hold_what_another_launcher_finished_meanwhile(tmp_path, monkeypatch):
     store = Store(tmp_path)
-    store.set_failure("a", "out of memory")
-    assert store.failures() == {"a": "out of memory"} and store.begun() == {"a"}
-    store.set_failure("a", None)
-    assert store.failures() == {}
+    put(store, "a")
+    store.scan()
+    write = Store._write_tables
+
+    def slow_write(self):  # the other one writes before this one does, and is overwritten
+        if not store.folder("b").exists():
+            put(store, "b")
+        write(self)
+
+    monkeypatch.setattr(Store, "_write_tables", slow_write)
+    store.write_tables()
+    assert [row["run_id"] for row in table(tmp_path / "runs.csv")] == ["a", "b"]
 
 
 def test_no_study_is_one_line(tmp_path):
