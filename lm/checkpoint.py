@@ -4,6 +4,7 @@
 """
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def claim(workdir: Path, config: configuration.Config, force: bool = False) -> d
         result.unlink(missing_ok=True)
     write_atomically(path, json.dumps({"schema": SCHEMA, "config": wanted}, indent=1))
     return None
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises ``BadInput`` where this host doesn't see the folder that process 0 has claimed."""
+    if not (workdir / "config.json").exists():
+        raise BadInput(
+            f"{workdir}: {socket.gethostname()} doesn't see what process 0 wrote there; checkpoints"
+            " need a folder that all hosts share (or train.checkpoint_every = -1)"
+        )
 
 
 def load_config(workdir: Path) -> configuration.Config:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm.data import Batch
@@ -31,14 +32,19 @@ def score(
 
     Args:
       nats: sum of nats of one batch, dispatched asynchronously.
-      batches: with weight 0 where a position does not count.
+      batches: laid over the devices, with weight 0 where a position does not count.
       token_bytes: bytes of each token id, (V,).
     """
-    sums, tokens, n_bytes = [], 0, 0
-    for batch in batches:
-        sums.append(nats(batch))
-        weights = np.ones(batch.targets_BT.shape) if batch.weights_BT is None else batch.weights_BT
-        tokens += int(weights.sum())
-        n_bytes += int((token_bytes[batch.targets_BT] * weights).sum())
-    total = math.fsum(float(x) for x in sums)  # float64 on the host, whatever the order of batches
-    return Score(total / tokens, total / (n_bytes * math.log(2)), tokens)
+    sums = [(nats(batch), *_counts(batch, token_bytes)) for batch in batches]
+    # In whole numbers and float64 on the host, whatever the order of batches.
+    nats_sum = math.fsum(float(x) for x, _, _ in sums)
+    tokens, n_bytes = (sum(int(counts[i]) for counts in sums) for i in (1, 2))
+    return Score(nats_sum / tokens, nats_sum / (n_bytes * math.log(2)), tokens)
+
+
+@jax.jit
+def _counts(batch: Batch, token_bytes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens of a batch and their bytes; on the devices, as no host need have all of it."""
+    weights = batch.weights_BT
+    weights = jnp.ones_like(batch.targets_BT) if weights is None else weights.astype(jnp.int32)
+    return weights.sum(), (token_bytes[batch.targets_BT] * weights).sum()

@@ -16,6 +16,7 @@ from lm.data import corpora, mixture, order, store, tokenizers
 from lm.data.corpora import Corpus
 from lm.data.tokenizers import Tokenizer
 
+Rows = slice | np.ndarray  # which rows of a batch: those that this host's devices hold
 VALIDATION_SEED = 0  # the fixed choice of held-out windows, whatever a run's own seed
 
 
@@ -87,15 +88,15 @@ class Dataset:
         sizes = {s.name: self._targets(s) for s in self.sources}
         return mixture.epochs(tokens, sizes, {s.name: s.weight for s in self.sources})
 
-    def batch(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, seed: int, step: int, batch_size: int, rows: Rows = slice(None)) -> Batch:
         """The rows ``rows`` of the ``step``-th global batch of ``batch_size`` rows; axes B, T."""
         batch = self.batches(seed, step, 1, batch_size, rows)
         return Batch(*(None if x is None else x[0] for x in batch))
 
     def batches(
-        self, seed: int, first_step: int, n_steps: int, batch_size: int, rows: slice = slice(None)
+        self, seed: int, first_step: int, n_steps: int, batch_size: int, rows: Rows = slice(None)
     ) -> Batch:
-        """``n_steps`` consecutive batches in one gather; axes N, B, T.
+        """The rows ``rows`` of ``n_steps`` consecutive batches in one gather; axes N, B, T.
 
         Every window of a corpus is read once an epoch, in an order drawn anew for each.
         """
@@ -132,31 +133,32 @@ class Dataset:
         weights = within if weights is None else weights * within
         return Batch(inputs, targets, weights, segments, positions)
 
-    def validation(self, batch_size: int) -> Iterator[Batch]:
+    def validation(self, batch_size: int, rows: Rows = slice(None)) -> Iterator[Batch]:
         """The fixed validation windows: ``validation_tokens`` in all, corpora by weight.
 
-        Weights are always there; the last batch is filled up with rows of weight 0.
+        In batches of ``batch_size`` rows, of each the rows ``rows``. Weights are always there; the
+        last batch is filled up with rows of weight 0.
         """
-        return self._held_out("validation", batch_size)
+        return self._held_out("validation", batch_size, rows)
 
-    def test(self, batch_size: int) -> Iterator[Batch]:
+    def test(self, batch_size: int, rows: Rows = slice(None)) -> Iterator[Batch]:
         """As ``validation``, of the test split (all of it where that has fewer tokens)."""
-        return self._held_out("test", batch_size)
+        return self._held_out("test", batch_size, rows)
 
-    def _held_out(self, split: str, batch_size: int) -> Iterator[Batch]:
-        parts = [
-            windows[np.sort(chosen)].astype(np.int32)
-            for windows, chosen in zip(
-                (s.windows[split] for s in self.sources), self._chosen(split), strict=True
-            )
-        ]
-        tokens = np.concatenate(parts)
-        for first in range(0, len(tokens), batch_size):
-            part = tokens[first : first + batch_size]
-            weights = np.ones((batch_size, part.shape[1] - 1), np.float32)
-            weights[len(part) :] = 0
-            padding = np.zeros((batch_size - len(part), part.shape[1]), np.int32)
-            yield self._batch(np.concatenate([part, padding]), weights)
+    def _held_out(self, split: str, batch_size: int, rows: Rows) -> Iterator[Batch]:
+        chosen = self._chosen(split)
+        source_of = np.repeat(np.arange(len(chosen)), [len(windows) for windows in chosen])
+        window_of = np.concatenate([np.sort(windows) for windows in chosen])
+        for first in range(0, len(window_of), batch_size):
+            places = np.arange(first, first + batch_size)[rows]
+            tokens = np.zeros((len(places), self.config.seq_len + 1), np.int32)
+            there = np.flatnonzero(places < len(window_of))
+            for i, source in enumerate(self.sources):
+                mine = there[source_of[places[there]] == i]
+                tokens[mine] = source.windows[split][window_of[places[mine]]]
+            weights = np.zeros((len(places), self.config.seq_len), np.float32)
+            weights[there] = 1
+            yield self._batch(tokens, weights)
 
     def _chosen(self, split: str) -> list[np.ndarray]:
         """The held-out windows of each corpus, drawn from the whole split and so all sources."""

@@ -17,6 +17,7 @@ from lm.sharding.axes import (
     stores_parts,
 )
 from lm.sharding.mesh import axis_sizes, batch_shards, make_mesh
+from lm.sharding.rows import held, lay
 
 __all__ = [
     "Layout",
@@ -26,8 +27,10 @@ __all__ = [
     "constrain",
     "devices_along",
     "gather",
+    "held",
     "here",
     "is_split",
+    "lay",
     "layout",
     "make_mesh",
     "named_sharding",

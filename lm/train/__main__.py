@@ -1,14 +1,18 @@
 """Trains one run; the same command again resumes it.
 
 python -m lm.train --config=configs/tiny.py --workdir=runs/tiny [--config.model.n_layers=4 ...]
+
+On many hosts, the same command on each, with a workdir that they share: srun and TPU pods say which
+host is which, elsewhere LM_COORDINATOR=HOST:PORT (process 0's host), LM_PROCESSES and LM_PROCESS.
 """
 
 import sys
 
 from absl import flags
 
-from lm import command
+from lm import command, hosts
 from lm.command import BadInput
+from lm.config import Config
 from lm.config_file import config_from_flags, define_config_flag
 
 FLAGS = flags.FlagValues()
@@ -24,7 +28,16 @@ def main() -> int | None:
     if FLAGS.workdir is None:
         raise BadInput("--workdir is missing; as --workdir=runs/tiny")
 
-    # After the flags were read, so that a mistyped one is told at once.
+    try:
+        with hosts.joined():
+            _train(config)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint")
+        return command.PREEMPTED
+
+
+def _train(config: Config) -> None:
+    # Imported after the flags were read, so that a mistyped one is told at once.
     from rich.progress import (
         BarColumn,
         Progress,
@@ -43,7 +56,7 @@ def main() -> int | None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=not hosts.is_first()) as bar:
         task = bar.add_task("preparing", total=None)
 
         def progress(at) -> None:
@@ -51,12 +64,9 @@ def main() -> int | None:
             told = f"step {at.step}/{at.n_steps}  loss {at.loss:.3f}  {speed}"
             bar.update(task, total=at.n_steps, completed=at.step, description=told)
 
-        try:
-            result = train(config, FLAGS.workdir, progress=progress, force=FLAGS.force)
-        except KeyboardInterrupt:
-            bar.stop()
-            print("interrupted; the same command goes on from the newest checkpoint")
-            return command.PREEMPTED
+        result = train(config, FLAGS.workdir, progress=progress, force=FLAGS.force)
+    if not hosts.is_first():
+        return
     print(
         f"{result['status']}: loss {result['loss']:.4f} nats a token,"
         f" perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.4f} bits a byte;"

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import arithmetic, data
-from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, claim, load_config
+from lm import arithmetic, data, hosts
+from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, check_shared, claim, load_config
 from lm.command import BadInput, write_atomically
 from lm.config import Config
 from lm.score import Score, score
@@ -50,6 +50,9 @@ def train(
 ) -> dict:
     """Trains one run in ``workdir`` and returns its result (also in ``result.json``).
 
+    Under ``hosts.joined`` all processes call this alike; process 0 writes, but for the checkpoints,
+    whose parts each process writes itself.
+
     Args:
       config: the run.
       workdir: its folder; made where missing, resumed where it holds a part of this run.
@@ -72,9 +75,11 @@ def train(
     key = Program.key(config)
     if key not in programs:
         programs[key] = Program(config, mesh)
-    done = claim(workdir, config, force)
+    done = hosts.agree(lambda: claim(workdir, config, force))
     if done is not None:
         return done
+    if config.train.checkpoint_every >= 0:
+        check_shared(workdir)
     run = _Run(config, recipe, workdir, dataset, programs[key], progress)
     return run.to_the_end(start_from)
 
@@ -86,6 +91,8 @@ class _Run:
         self.config, self.recipe, self.workdir = config, recipe, workdir
         self.dataset, self.program, self.progress = dataset, program, progress
         self.seconds = dict.fromkeys(("wall", "step", "compile", "evaluate", "data"), 0.0)
+        self.rows = program.rows(recipe.sequences)
+        self.log: MetricsLog | None = None  # process 0's
         self.unlogged: list[float] = []  # losses since the last line of the log
         self.last_score: Score | None = None
 
@@ -97,12 +104,16 @@ class _Run:
                 stack.callback(self.checkpoints.close)
             self._start_clock()
             state, step = self._first_state(start_from)
-            self.log = MetricsLog(self.workdir, step, self.config.train.tensorboard)
-            stack.callback(self.log.close)
+            if hosts.is_first():
+                self.log = MetricsLog(self.workdir, step, self.config.train.tensorboard)
+                stack.callback(self.log.close)
+            # Before the checkpoints are closed: that waits for the others.
+            stack.enter_context(hosts.ending_all())
             status, step = self._steps(state, step)
         self._read_clock()
         result = self._result(status, step)
-        write_atomically(self.workdir / "result.json", json.dumps(result, indent=1))
+        if hosts.is_first():
+            write_atomically(self.workdir / "result.json", json.dumps(result, indent=1))
         return result
 
     def _steps(self, state: State, step: int) -> tuple[str, int]:
@@ -180,9 +191,8 @@ class _Run:
 
     def _batches(self, step: int) -> data.Batch:
         started, train = time.perf_counter(), self.config.train
-        batches = self.program.put(
-            self.dataset.batches(train.seed, step, train.steps_per_dispatch, self.recipe.sequences)
-        )
+        n, sequences = train.steps_per_dispatch, self.recipe.sequences
+        batches = self.program.put(self.dataset.batches(train.seed, step, n, sequences, self.rows))
         self.seconds["data"] += time.perf_counter() - started
         return batches
 
@@ -207,7 +217,7 @@ class _Run:
         sequences = math.lcm(EVALUATION_SEQUENCES, micro * batch_shards(self.program.mesh))
         self.last_score = score(
             lambda batch: self.program.nats(state.params, batch),
-            self.dataset.validation(sequences),
+            map(self.program.put, self.dataset.validation(sequences, self.program.rows(sequences))),
             self.dataset.token_bytes,
         )
         seconds = time.perf_counter() - started
@@ -241,8 +251,10 @@ class _Run:
                 line["validation_bits_per_byte"] = validation.bits_per_byte
                 line["validation_perplexity"] = validation.perplexity
             self.unlogged = []
-            self.log.write(line)
-        self.log.flush()
+            if self.log:
+                self.log.write(line)
+        if self.log:
+            self.log.flush()
 
     def _save(self, state: State, step: int) -> None:
         self._read_clock()

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lm.config import Config
 from lm.data import Batch
 from lm.model import Decoder, choose_kernel, head_cross_entropy
-from lm.sharding import layout, named_sharding, placed, stored_shardings
+from lm.sharding import batch_shards, held, lay, layout, named_sharding, placed, stored_shardings
 from lm.train import pipeline
 from lm.train.optimizer import adamw, apply_updates
 from lm.train.schedule import Schedule, learning_rate
@@ -63,8 +63,9 @@ class Program:
                 *(m.attention_kernel, config.data.seq_len),
                 *(m.head_width, m.dtype, m.attention_soft_cap),
             )
+        everywhere = NamedSharding(mesh, PartitionSpec())
         self.state_sharding = State(
-            NamedSharding(mesh, PartitionSpec()),
+            everywhere,
             stored_shardings(boxed.params, mesh, self.layout.params),
             stored_shardings(boxed.moments, mesh, self.layout.moments),
         )
@@ -77,9 +78,10 @@ class Program:
             out_shardings=self.state_sharding,
             compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
         )
-        self._train_options = {"donate_argnums": 0, "out_shardings": (self.state_sharding, None)}
+        outputs = (self.state_sharding, everywhere)
+        self._train_options = {"donate_argnums": 0, "out_shardings": outputs}
         self._run_train = self._compile(self._train, **self._train_options)
-        self._run_nats = self._compile(self._nats)
+        self._run_nats = self._compile(self._nats, out_shardings=everywhere)
 
     @staticmethod
     def key(config: Config) -> tuple:
@@ -148,22 +150,26 @@ class Program:
             )
             return traced.lower(lowering_platforms=("tpu",) if abstract else None)
 
-    def put(self, batches: Batch) -> Batch:
-        """The rows of ``batches`` (n, B, T; the leading axis is the step) laid over the mesh."""
-        return self._put(batches, None, "batch", "positions")
+    def rows(self, n: int) -> np.ndarray:
+        """Those of a batch's ``n`` rows that this process's devices hold, and so it has to read."""
+        return held(named_sharding(self.mesh, self.layout, "batch"), n)
+
+    def put(self, batch: Batch) -> Batch:
+        """A batch (B, T), or one a step (n, B, T), laid over the mesh.
+
+        Each process gives the rows that ``rows`` names, in order.
+        """
+        *steps, here, _ = batch.inputs_BT.shape
+        shards = batch_shards(self.mesh)
+        n = here * shards // len(self.rows(shards))
+        rows, axis = self.rows(n), len(steps)
+        logical = (*(None for _ in steps), "batch", "positions")
+        sharding = named_sharding(self.mesh, self.layout, *logical)
+        return jax.tree.map(lambda x: lay(x, rows, n, axis, sharding), batch)
 
     def nats(self, params: Any, batch: Batch) -> jax.Array:
-        """The sum of nats over a batch."""
-        return self._run_nats(params, self._put(batch, "batch", "positions"))
-
-    def _put(self, batch: Batch, *logical: str | None) -> Batch:
-        """A global batch, the same on every host, of which each device takes its own rows."""
-        sharding = named_sharding(self.mesh, self.layout, *logical)
-
-        def lay(x):
-            return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
-
-        return jax.tree.map(lay, batch)
+        """The sum of nats over a batch that ``put`` gave."""
+        return self._run_nats(params, batch)
 
     def _nats(self, params, batch: Batch) -> jax.Array:
         if self.mesh.shape["stage"] > 1:
