@@ -5,8 +5,6 @@ B batch, T query position, S key position, D model width, F feed-forward width, 
 K key/value heads, G query heads a key/value head, H head width, L layers, V vocabulary.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from lm.model.attention import Attention
 from lm.model.feedforward import FeedForward
 from lm.model.layers import Norm, Unembedding, sinusoidal
 from lm.model.loss import logits
+from lm.model.moe import Moe, Routing
 from lm.sharding import all_but_moved, constrain, gather, partitioned, stores_parts
 
 # What a rematerialised layer keeps besides its input; jax's policies by their own names.
@@ -32,18 +31,20 @@ class Block(nn.Module):
     """One layer. Pre-norm adds ``f(norm(x))`` to the residual; post-norm is ``norm(x + f(x))``."""
 
     config: ModelConfig
+    has_experts: bool = True  # where the config has any
 
     def setup(self):
         c = self.config
         self.attention_norm = Norm(c.norm, c.norm_eps, zero_centred=c.zero_centred_gains)
         self.attention = Attention(c)
         self.feed_forward_norm = Norm(c.norm, c.norm_eps, zero_centred=c.zero_centred_gains)
-        self.feed_forward = FeedForward(c)
+        self.routes = self.has_experts and c.moe.n_experts > 0
+        self.feed_forward = Moe(c) if self.routes else FeedForward(c)
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
-    ) -> tuple[jax.Array, None]:
-        """The residual stream, and what nn.scan stacks."""
+    ) -> tuple[jax.Array, Routing | None]:
+        """The residual stream, and how the layer routed its tokens (None: it has no experts)."""
 
         def attend(y_BTD):
             y_BTD = constrain(y_BTD, "batch", "positions", "features")
@@ -52,28 +53,55 @@ class Block(nn.Module):
 
         def feed_forward(y_BTD):
             y_BTD = constrain(y_BTD, "batch", "positions", "features")
-            y_BTD = self.feed_forward(y_BTD)
-            return constrain(y_BTD, "batch", "sequence", "features")
+            y_BTD, routing = self.feed_forward(y_BTD), None
+            if self.routes:
+                y_BTD, routing = y_BTD
+            return constrain(y_BTD, "batch", "sequence", "features"), routing
 
         if self.config.norm_position == "pre":
             x_BTD += attend(self.attention_norm(x_BTD))
-            x_BTD += feed_forward(self.feed_forward_norm(x_BTD))
+            y_BTD, routing = feed_forward(self.feed_forward_norm(x_BTD))
+            x_BTD += y_BTD
         else:
             x_BTD = self.attention_norm(x_BTD + attend(x_BTD))
-            x_BTD = self.feed_forward_norm(x_BTD + feed_forward(x_BTD))
-        return constrain(x_BTD, "batch", "sequence", "features"), None
+            y_BTD, routing = feed_forward(x_BTD)
+            x_BTD = self.feed_forward_norm(x_BTD + y_BTD)
+        return constrain(x_BTD, "batch", "sequence", "features"), routing
 
 
-def rematerialised(config: ModelConfig) -> type[Block]:
-    """``Block`` under the config's policy of what its backward pass recomputes."""
+class Period(nn.Module):
+    """As many layers as ``moe.every``, of which the last has the experts: what a scan repeats."""
+
+    config: ModelConfig
+
+    def setup(self):
+        n = self.config.moe.every
+        self.layer = [Block(self.config, i == n - 1) for i in range(n)]
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
+    ) -> tuple[jax.Array, Routing]:
+        """The residual stream, and how the last layer routed its tokens."""
+        for layer in self.layer:
+            x_BTD, routing = layer(x_BTD, positions_BT, segments_BT)
+        return x_BTD, routing
+
+
+def scanned(config: ModelConfig) -> type[nn.Module]:
+    """What a scan over layers repeats: a layer, or as many as it takes to come to one's like."""
+    return Period if config.moe.n_experts and config.moe.every > 1 else Block
+
+
+def rematerialised(config: ModelConfig, module: type[nn.Module] = Block) -> type[nn.Module]:
+    """``module`` under the config's policy of what its backward pass recomputes."""
     if config.remat != "none":
         policy = REMAT_POLICIES[config.remat]
     elif stores_parts():
         policy = all_but_moved
     else:
-        return Block
+        return module
     # Inside a scan nothing can be shared between the two computations anyway.
-    return nn.remat(Block, prevent_cse=not config.scan_layers, policy=policy)
+    return nn.remat(module, prevent_cse=not config.scan_layers, policy=policy)
 
 
 class Decoder(nn.Module):
@@ -91,17 +119,18 @@ class Decoder(nn.Module):
             shape = (self.max_positions, c.d_model)
             self.positions = self.param("positions", init, shape, jnp.float32)
         block = rematerialised(c)
+        n_dense = c.moe.first_dense if c.moe.n_experts else 0
+        n_unrolled = n_dense if c.scan_layers else c.n_layers
+        self.layer = [block(c, i in c.moe_layers) for i in range(n_unrolled)]
         if c.scan_layers:
             self.layers = nn.scan(
-                block,
+                rematerialised(c, scanned(c)),
                 variable_axes={"params": 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, "jitter": True},
                 in_axes=nn.broadcast,
-                length=c.n_layers,
+                length=(c.n_layers - n_dense) // (c.moe.every if c.moe.n_experts else 1),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(c)
-        else:
-            self.layer = [block(c) for _ in range(c.n_layers)]
         if c.norm_position == "pre":
             self.final_norm = Norm(c.norm, c.norm_eps, zero_centred=c.zero_centred_gains)
         if not c.tied:
@@ -126,18 +155,22 @@ class Decoder(nn.Module):
         inputs_BT: jax.Array,
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """What the head reads, (B, T, D), and the layers' routing (None: no layer routes)."""
+    ) -> tuple[jax.Array, Routing | None]:
+        """What the head reads, (B, T, D), and how the layers with experts routed their tokens.
+
+        That is stacked over these layers; None where there are none.
+        """
         n_positions = inputs_BT.shape[1]
         if positions_BT is None:
             positions_BT = jnp.arange(n_positions)[None]
         x_BTD = self.embed(inputs_BT, positions_BT)
+        routings = []
+        for layer in self.layer:
+            x_BTD, routing = layer(x_BTD, positions_BT, segments_BT)
+            routings += [routing] if routing else []
+        routing = jax.tree.map(lambda *layers: jnp.stack(layers), *routings) if routings else None
         if self.config.scan_layers:
             x_BTD, routing = self.layers(x_BTD, positions_BT, segments_BT)
-        else:
-            routing = None
-            for layer in self.layer:
-                x_BTD, routing = layer(x_BTD, positions_BT, segments_BT)
         return self.last(x_BTD), routing
 
     def embed(self, inputs_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:

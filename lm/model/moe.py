@@ -23,6 +23,7 @@ from lm.model.dispatch import (
     dispatch,
 )
 from lm.model.feedforward import GATED, FeedForward, activate
+from lm.model.quantized import matmul, ragged_dot
 from lm.sharding import constrain, devices_along, gather, here, partitioned, platform
 
 
@@ -215,7 +216,8 @@ def _in_slots(c: ModelConfig, kernels, x_BTD, gate_BTk, slots: Slots) -> jax.Arr
     def product(x_EBCD, w_EDF):
         n_experts, d_in, d_out = w_EDF.shape
         rows = x_EBCD.shape[1] * x_EBCD.shape[2]
-        return (x_EBCD.reshape(n_experts, rows, d_in) @ w_EDF).reshape(*x_EBCD.shape[:3], d_out)
+        y_ERF = matmul(x_EBCD.reshape(n_experts, rows, d_in), w_EDF, c.quantization)
+        return y_ERF.reshape(*x_EBCD.shape[:3], d_out)
 
     rows_EBCD = constrain(dispatch(x_BTD, slots), None, "batch", None, "features")
     rows_EBCD = constrain(rows_EBCD, "act_experts", "expert_batch", None, "features")
@@ -239,7 +241,7 @@ def _ragged(c: ModelConfig, kernels, x_BTD, gate_BTk, expert_BTk) -> jax.Array:
         if axis:
             expert_BTk -= n_experts * jax.lax.axis_index(axis)
         slots, sizes_E = by_expert(expert_BTk, n_experts)
-        product = partial(jax.lax.ragged_dot, group_sizes=sizes_E)
+        product = partial(ragged_dot, sizes_E=sizes_E, quantization=c.quantization)
         flat_1RD = x_BTD.reshape(1, -1, x_BTD.shape[-1])
         y_RD = _feed_forward(c, kernels, dispatch(flat_1RD, slots)[0, 0], product)
         gate_1Rk = gate_BTk.reshape(1, -1, gate_BTk.shape[-1])
@@ -255,6 +257,26 @@ def _ragged(c: ModelConfig, kernels, x_BTD, gate_BTk, expert_BTk) -> jax.Array:
         out_specs=place.spec,
         check_vma=False,
     )(kernels, x_BTD, gate_BTk, expert_BTk)
+
+
+def no_routing(config: ModelConfig, *leading: int) -> Routing | None:
+    """Zeros as the layers' stacked routing has them, (*leading, L, ...); None without experts."""
+    if not config.moe.n_experts:
+        return None
+    shape = (*leading, len(config.moe_layers))
+    zeros = {name: jnp.zeros(shape, jnp.float32) for name in Routing._fields}
+    return Routing(**zeros | {"load_E": jnp.zeros((*shape, config.moe.n_experts), jnp.float32)})
+
+
+def auxiliary_loss(moe: MoeConfig, routing: Routing | None) -> jax.Array | float:
+    """What is added to cross-entropy, for layers' stacked routing: the sum over layers.
+
+    (Fedus et al. 2022, 2.2: "for each Switch layer, this auxiliary loss is added".)
+    """
+    if routing is None:
+        return 0.0
+    balance, z = jnp.sum(routing.balance_loss), jnp.sum(routing.z_loss)
+    return moe.balance_coefficient * balance + moe.z_coefficient * z
 
 
 def shift_balance_bias(config: ModelConfig, params: Any, load_LE: jax.Array) -> Any:

@@ -280,7 +280,7 @@ class _Run:
             "validation_tokens": found.tokens if found else None,
             "params": count.blocks_and_head,
             "non_embedding_params": count.non_embedding,
-            "active_params": count.blocks_and_head,
+            "active_params": count.active_blocks_and_head,
             "total_params": count.total,
             "tokens": tokens,
             "flops": tokens * recipe.flops_per_token,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lm.config import Config
 from lm.data import Batch
 from lm.model import Decoder, head_cross_entropy
-from lm.model.decoder import rematerialised
+from lm.model.decoder import rematerialised, scanned
 from lm.sharding.pipeline import AXIS, pipelined
 
 
@@ -26,7 +26,8 @@ def nats(
     The embedding, the last norm and the head are no stage's: every stage has their parameters, and
     applies them to its own share of the M = ``train.accumulation`` micro-batches.
     """
-    n_micro, block = config.train.accumulation, rematerialised(config.model)(config.model)
+    n_micro, model = config.train.accumulation, config.model
+    block = rematerialised(model, scanned(model))(model)
     apply = partial(decoder.apply, {"params": params})
     over_stages = partial(jax.vmap, spmd_axis_name=AXIS)
     micro = micro_batches(batch, n_micro)

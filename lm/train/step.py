@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lm.config import Config
 from lm.data import Batch
 from lm.model import Decoder, choose_kernel, head_cross_entropy
+from lm.model.moe import Routing, auxiliary_loss, no_routing, shift_balance_bias
 from lm.sharding import batch_shards, held, lay, layout, named_sharding, placed, stored_shardings
 from lm.train import pipeline
 from lm.train.optimizer import adamw, apply_updates
@@ -32,9 +33,10 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     """Of one optimizer step; arrays of steps_per_dispatch entries."""
 
-    loss: jax.Array  # nats a token
+    loss: jax.Array  # nats a token: cross-entropy alone
     gradient_norm: jax.Array  # before clipping
     learning_rate: jax.Array
+    routing: Routing | None  # of the layers with experts; the mean over micro-batches
 
 
 class Program:
@@ -172,22 +174,36 @@ class Program:
         return self._run_nats(params, batch)
 
     def _nats(self, params, batch: Batch) -> jax.Array:
-        if self.mesh.shape["stage"] > 1:
-            return pipeline.nats(self.config, self.decoder, self.mesh.shape["stage"], params, batch)[0]
+        return self._nats_and_routing(params, batch, None)[0]
+
+    def _nats_and_routing(self, params, batch: Batch, key) -> tuple[jax.Array, Routing | None]:
+        """The sum of nats, and the routing of each layer with experts; ``key`` in training."""
+        if (stages := self.mesh.shape["stage"]) > 1:
+            nats, routing = pipeline.nats(self.config, self.decoder, stages, params, batch)
+            return nats, jax.tree.map(lambda x: jnp.mean(x, 0), routing)
         apply = partial(self.decoder.apply, {"params": params})
-        x_BTD, _ = apply(batch.inputs_BT, batch.segments_BT, batch.positions_BT, method="hidden")
-        return head_cross_entropy(
+        x_BTD, routing = apply(
+            *(batch.inputs_BT, batch.segments_BT, batch.positions_BT),
+            method="hidden",
+            rngs=None if key is None else {"jitter": key},
+        )
+        nats = head_cross_entropy(
             *(x_BTD, apply(method="unembedding"), batch.targets_BT, batch.weights_BT),
             soft_cap=self.config.model.logit_soft_cap,
             chunk=self.config.train.loss_chunk,
         )
+        return nats, routing
 
     def _lay(self, tree: Any, shardings: Any) -> Any:
         """Pins where a tree of the step lies; nothing to pin on one device."""
         return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings)
 
-    def _mean_gradient(self, params, batch: Batch) -> tuple[jax.Array, Any]:
-        """Nats a token and their gradient: summed over micro-batches, divided once by the count."""
+    def _mean_gradient(self, params, batch: Batch, key) -> tuple[jax.Array, Routing | None, Any]:
+        """Nats a token, the routing, and the gradient of both losses.
+
+        Nats are summed over micro-batches and divided once by the count of tokens; what routing is
+        charged for is the mean over micro-batches of what each one's statistics say.
+        """
         # A pipeline has its micro-batches inside.
         n = 1 if self.mesh.shape["stage"] > 1 else self.config.train.accumulation
         count = (
@@ -195,22 +211,37 @@ class Program:
             if batch.weights_BT is None
             else jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
         )
-        value_and_grad = jax.value_and_grad(lambda p, b: self._nats(p, b) / count)
-        if n == 1:
-            return value_and_grad(params, batch)
-        def add(total, batch):
-            loss, gradient = jax.tree.map(jnp.add, total, value_and_grad(params, batch))
-            return (loss, self._lay(gradient, self.gradient_sharding)), None
 
-        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-        return jax.lax.scan(add, zero, pipeline.micro_batches(batch, n))[0]
+        def objective(params, batch, key):
+            nats, routing = self._nats_and_routing(params, batch, key)
+            loss, routing = nats / count, jax.tree.map(lambda x: x / n, routing)
+            return loss + auxiliary_loss(self.config.model.moe, routing), (loss, routing)
+
+        gradient_of = jax.grad(objective, has_aux=True)
+        if n == 1:
+            gradient, (loss, routing) = gradient_of(params, batch, key)
+            return loss, routing, gradient
+
+        def add(total, micro):
+            gradient, aux = gradient_of(params, *micro)
+            total, gradient = jax.tree.map(jnp.add, total, (aux, gradient))
+            return (total, self._lay(gradient, self.gradient_sharding)), None
+
+        zero = (jnp.float32(0), no_routing(self.config.model)), jax.tree.map(jnp.zeros_like, params)
+        keys = None if key is None else jax.random.split(key, n)
+        micro = pipeline.micro_batches(batch, n), keys
+        ((loss, routing), gradient), _ = jax.lax.scan(add, zero, micro)
+        return loss, routing, gradient
 
     def _step(self, state: State, batch: Batch, schedule: Schedule) -> tuple[State, Metrics]:
         config = self.config.optimizer
         # At the start too: XLA would else keep the parameters as the loop's last operation left
         # them, split as the optimizer's state, and gather each layer's in every pass.
         state = self._lay(state, self.state_sharding)
-        loss, gradient = self._mean_gradient(state.params, batch)
+        moe, key = self.config.model.moe, None
+        if moe.n_experts and moe.jitter:  # of the step alone, so that a resumed run has the same
+            key = jax.random.fold_in(jax.random.key(0), state.step)
+        loss, routing, gradient = self._mean_gradient(state.params, batch, key)
         # From ZeRO's first stage on, a device updates its part of the optimizer's state alone.
         gradient = self._lay(gradient, self.moment_sharding)
         direction, moments = self.optimizer.update(gradient, state.moments, state.params)
@@ -218,7 +249,9 @@ class Program:
         params = apply_updates(
             state.params, direction, rate, schedule.matrix_scale, config.weight_decay
         )
-        metrics = Metrics(loss, optax.tree.norm(gradient), rate)
+        if moe.n_experts and moe.bias_rate:
+            params = shift_balance_bias(self.config.model, params, routing.load_E)
+        metrics = Metrics(loss, optax.tree.norm(gradient), rate, routing)
         return self._lay(State(state.step + 1, params, moments), self.state_sharding), metrics
 
     def _train(self, state: State, batches: Batch, n_steps: jax.Array, schedule: Schedule):
@@ -230,6 +263,7 @@ class Program:
             state, new = self._step(state, batch, schedule)
             return state, jax.tree.map(lambda m, x: m.at[i].set(x), metrics, new)
 
-        metrics = Metrics(*(jnp.zeros(length, jnp.float32) for _ in Metrics._fields))
+        zeros = (jnp.zeros(length, jnp.float32) for _ in Metrics._fields[:-1])
+        metrics = Metrics(*zeros, no_routing(self.config.model, length))
         # A loop of traced length, so that a run's last, shorter dispatch is the same program.
         return jax.lax.fori_loop(0, n_steps, body, (state, metrics))
