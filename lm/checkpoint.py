@@ -8,10 +8,15 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lm import config as configuration
 from lm.command import BadInput, write_atomically
+from lm.model import Decoder
+from lm.sharding import layout, stored_shardings
 
 SCHEMA = 1
 
@@ -50,11 +55,36 @@ def check_shared(workdir: Path) -> None:
 
 
 def load_config(workdir: Path) -> configuration.Config:
-    """The config a run folder was trained with. Raises ``BadInput`` where there is none."""
+    """The config a run folder was trained with. Raises ``BadInput`` where there is none.
+
+    A folder with a tokenizer.json of its own, as imported weights have, reads text with that.
+    """
     path = workdir / "config.json"
     if not path.exists():
         raise BadInput(f"{workdir}: no run here (config.json is missing)")
-    return configuration.from_config_dict(json.loads(path.read_text())["config"])
+    config = configuration.from_config_dict(json.loads(path.read_text())["config"])
+    tokenizer = workdir / "tokenizer.json"
+    if tokenizer.exists():
+        config = configuration.replace(config, data={"tokenizer": str(tokenizer)})
+    return config
+
+
+def load_params(workdir: Path, config: configuration.Config, mesh: Mesh) -> Any:
+    """The decoder's parameters in the newest checkpoint of a run folder, laid over ``mesh``.
+
+    Of ``config``, which is the folder's own, where they lie and how they are computed with may be
+    changed. Raises ``BadInput`` where there is no checkpoint.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise BadInput(f"{workdir}: holds no checkpoint")
+    checkpoints = Checkpoints(workdir)
+    try:
+        params = checkpoints.restore_params(abstract_params(config, mesh))
+    finally:
+        checkpoints.close()
+    if params is None:
+        raise BadInput(f"{workdir}: holds no checkpoint")
+    return params
 
 
 class Checkpoints:
@@ -104,10 +134,30 @@ class Checkpoints:
         )
         return restored.state, restored.meta
 
+    def restore_params(self, abstract: Any) -> Any:
+        """The parameters alone of the newest complete state, or None where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        item = {"params": abstract}
+        arguments = self._ocp.checkpoint_utils.construct_restore_args(item)
+        state = self._ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
+        restored = self._manager.restore(step, args=self._ocp.args.Composite(state=state))
+        return restored.state["params"]
+
     def close(self) -> None:
         """Waits for writes under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def abstract_params(config: configuration.Config, mesh: Mesh) -> Any:
+    """The decoder's parameters as shapes and dtypes that lie over ``mesh`` as the config has it."""
+    decoder = Decoder(config.model, config.data.seq_len)
+    inputs = jnp.zeros((1, 1), jnp.int32)
+    boxed = jax.eval_shape(decoder.init, jax.random.key(0), inputs)["params"]
+    shardings = stored_shardings(boxed, mesh, layout(config, mesh).params)
+    return abstract_like(nn.meta.unbox(boxed), shardings)
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

@@ -3,13 +3,15 @@
 Exit codes: 0 done (and ``--help``), 1 a failure, 2 bad input (nothing was written), 75 pre-empted.
 """
 
+import contextlib
 import difflib
 import errno
 import os
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags, logging
@@ -24,12 +26,14 @@ class BadInput(ValueError):
 
 
 def run(
-    main: Callable[[], int | None],
+    main: Callable[[], int | None] | Mapping[str, Callable[[], int | None]],
     flag_values: flags.FlagValues,
     doc: str | None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parses ``argv`` (default: the process's own), calls ``main`` and returns the exit code.
+
+    Of a command with verbs, ``main`` maps each of them to its function.
 
     Flags live in a ``FlagValues`` of the command's own, so that two can be imported together.
     """
@@ -46,6 +50,8 @@ def run(
     try:
         if OVERRIDES in flag_values:
             argv = [re.sub(r"^--?config\.", f"--{OVERRIDES}=", arg) for arg in argv]
+        if isinstance(main, Mapping):
+            main = _verb(argv, main)
         extra = flag_values(argv)[1:]
         if extra:
             raise BadInput(
@@ -71,6 +77,14 @@ def run(
         return FAILED
 
 
+def _verb(
+    argv: list[str], verbs: Mapping[str, Callable[[], int | None]]
+) -> Callable[[], int | None]:
+    """The function of the verb, which is taken out of ``argv``."""
+    one_of("the first argument", argv[1] if len(argv) > 1 else "", list(verbs))
+    return verbs[argv.pop(1)]
+
+
 def _refuse(message: str) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return BAD_INPUT
@@ -87,6 +101,26 @@ def one_of(what: str, given: object, allowed: Sequence[object]) -> None:
     if given not in allowed:
         hint = nearest(given, map(str, allowed)) if isinstance(given, str) else ""
         raise BadInput(f"{what} = {given!r}: must be one of {', '.join(map(str, allowed))}{hint}")
+
+
+@contextlib.contextmanager
+def folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to write in, which becomes ``path`` at the end, or vanishes at an error.
+
+    Raises ``BadInput`` where ``path`` is there already and not an empty folder.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise BadInput(f"{path}: is there already; give a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
