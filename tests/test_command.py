@@ -169,6 +169,47 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == b"\x00new"
 
 
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    with command.folder_atomically(tmp_path / "a" / "b") as folder:
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "x").read_text() == "1"
+    with pytest.raises(BadInput, match="is there already"):
+        with command.folder_atomically(tmp_path / "a" / "b"):
+            pass
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError), command.folder_atomically(tmp_path / "empty") as folder:
+        (folder / "x").write_text("1")
+        raise OSError
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "empty"}
+    with command.folder_atomically(tmp_path / "empty") as folder:
+        (folder / "x").write_text("1")
+    assert (tmp_path / "empty" / "x").exists()
+
+
+def test_a_command_with_verbs(capsys):
+    flag_values = flags.FlagValues()
+    flags.DEFINE_integer("size", 3, "How many.", flag_values=flag_values)
+    verbs = {"grow": lambda: flag_values.size, "shrink": lambda: -flag_values.size}
+
+    def call(*arguments):
+        return command.run(verbs, flag_values, "What it does.", ["x", *arguments])
+
+    assert call("grow", "--size=4") == 4 and call("shrink") == -3
+    assert call("--help") == 0
+    capsys.readouterr()
+    for arguments, says in (
+        (["grwo"], "'grwo': must be one of grow, shrink; did you mean 'grow'?"),
+        ([], "the first argument = '': must be one of grow, shrink"),
+        (["--size=4", "grow"], "must be one of grow, shrink"),
+        (["grow", "shrink"], "unexpected argument 'shrink'"),
+    ):
+        assert call(*arguments) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     command_line = f"{sys.executable} -m lm.plan --tables | head -1"
     done = subprocess.run(
