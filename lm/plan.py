@@ -21,6 +21,7 @@ from absl import flags
 
 from lm import arithmetic, command
 from lm.command import BadInput, one_of
+from lm.hardware import PEAK_FLOPS
 from lm.scaling.data_limited import MUENNIGHOFF2023
 from lm.scaling.inference import lifetime_optimum
 from lm.scaling.intervals import percentile_interval
@@ -28,15 +29,6 @@ from lm.scaling.parametric import ParametricLaw
 from lm.scaling.published import NamedLaw, hoffmann_tables, models_table, named_law
 from lm.scaling.sweep_design import plan_sweep
 
-# Dense bfloat16 FLOP/s of one chip, from the makers' data sheets.
-PEAK_FLOPS = {
-    "v4": 275e12,
-    "v5e": 197e12,
-    "v5p": 459e12,
-    "v6e": 918e12,
-    "a100": 312e12,
-    "h100": 989e12,
-}
 LARGEST = 1e35  # of any number given: far beyond use, and its powers stay finite
 FAR_OUTSIDE = 10.0  # times the largest budget of a law's runs, or below the smallest by as much
 
