@@ -179,13 +179,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     what is wrong, and ``OSError`` where the disk is full; neither leaves anything half-written
     behind.
     """
-    data_dir = Path(config.data_dir)
-    if config.corpus == "mixture":
-        named = [(corpora.find(name, "", data_dir), weight) for name, weight in config.mixture]
-    else:
-        named = [(corpora.find(config.corpus, config.files, data_dir), 1.0)]
-    if len({corpus.name for corpus, _ in named}) < len(named):
-        raise BadInput("data.mixture: names a corpus twice; give it one weight")
+    data_dir, named = Path(config.data_dir), _named(config)
     total = sum(weight for _, weight in named)
     surveys: dict[str, store.Survey] = {}
     tokenizer = _tokenizer(config.tokenizer, [c for c, _ in named], data_dir, surveys)
@@ -196,6 +190,27 @@ def open_dataset(config: DataConfig) -> Dataset:
         sources.append(Source(corpus.name, weight / total, opened, windows))
     _check(config, sources)
     return Dataset(config, tokenizer, sources)
+
+
+def open_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer alone; the corpora are touched where it is, or is to be, learned from them.
+
+    Raises ``BadInput`` as ``open_dataset`` does.
+    """
+    learned = tokenizers.bpe_size(config.tokenizer) is not None
+    named = [corpus for corpus, _ in _named(config)] if learned else []
+    return _tokenizer(config.tokenizer, named, Path(config.data_dir), {})
+
+
+def _named(config: DataConfig) -> list[tuple[Corpus, float]]:
+    """The corpora and their weights."""
+    data_dir = Path(config.data_dir)
+    if config.corpus != "mixture":
+        return [(corpora.find(config.corpus, config.files, data_dir), 1.0)]
+    named = [(corpora.find(name, "", data_dir), weight) for name, weight in config.mixture]
+    if len({corpus.name for corpus, _ in named}) < len(named):
+        raise BadInput("data.mixture: names a corpus twice; give it one weight")
+    return named
 
 
 def _tokenizer(

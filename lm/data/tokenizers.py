@@ -75,6 +75,7 @@ class JsonTokenizer:
                 f"tokenizer {path}: has no end of text; one of {', '.join(END_OF_TEXT_NAMES)}"
             )
         self.end_of_text = vocabulary[known[0]]
+        self.content = content  # of the tokenizer.json
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
         self.token_bytes = _token_bytes(json.loads(content), vocabulary, self.vocab_size)
 
