@@ -179,7 +179,7 @@ def _expert_choice(c: ModelConfig, kernels, x_BTD, score_BTE, _) -> tuple[jax.Ar
     n_slots = slots.choice_EBC.shape[-1]
     untaken = jnp.mean(jnp.all(slots.slot_BTk >= n_slots, -1), dtype=jnp.float32)
     y_BTD = _in_slots(c, kernels, x_BTD, score_BTE, slots)
-    return y_BTD, jnp.full(c.moe.n_experts, 1 / c.moe.n_experts), untaken
+    return y_BTD, jnp.full(c.moe.n_experts, 1 / c.moe.n_experts, jnp.float32), untaken
 
 
 def _token_choice(c: ModelConfig, kernels, x_BTD, score_BTE, bias_E) -> tuple[jax.Array, ...]:
