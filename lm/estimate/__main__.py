@@ -19,6 +19,7 @@ from lm import arithmetic, command
 from lm.command import BadInput
 from lm.config import MESH_AXES, Config, replace
 from lm.config_file import config_from_flags, define_config_flag
+from lm.estimate.compiled import Compiled, CompileError, compile_step
 from lm.hardware import Topology, topology
 
 FLAGS = flags.FlagValues()
@@ -41,7 +42,11 @@ def main() -> int:
     on = topology(FLAGS.topology) if FLAGS.topology else None
     if FLAGS.search and on is None:
         raise BadInput("--search needs --topology, as --topology=v5e:16x16")
-    result = estimate(config, on)
+    try:
+        result = estimate(config, on)
+    except CompileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return command.FAILED
     if FLAGS.json:
         print(json.dumps(result, indent=2))
     else:
@@ -52,7 +57,7 @@ def main() -> int:
 
 
 def _largest_run(config: Config) -> Config:
-    """A study's run with the most parameters: its top budget's, as its prior has it; else itself."""
+    """A study's run with the most parameters: its top budget's, by its prior; else itself."""
     sweep = config.sweep
     if not sweep.budgets:
         return config
@@ -66,7 +71,7 @@ def _largest_run(config: Config) -> Config:
 
 def estimate(config: Config, on: Topology | None) -> dict:
     """What `--json` prints. Raises ``BadInput``."""
-    from lm.estimate import compiled, search
+    from lm.estimate import search
     from lm.estimate.memory import device_memory, fuses_attention
     from lm.estimate.roofline import ASSUMPTIONS, roofline
     from lm.sharding import axis_sizes
@@ -91,9 +96,9 @@ def estimate(config: Config, on: Topology | None) -> dict:
     compile = None
     if FLAGS.compile:
 
-        def compile(config: Config, sequences: int) -> compiled.Compiled:
+        def compile(config: Config, sequences: int) -> Compiled:
             print(f"compiling for {on.name} ...", file=sys.stderr, flush=True)
-            return compiled.compile_step(config, on, sequences)
+            return compile_step(config, on, sequences)
 
     result |= {"topology": on.name, "chips": on.n_chips, "hbm_bytes_per_chip": on.chip.hbm_bytes}
     result |= {"assumptions": ASSUMPTIONS}

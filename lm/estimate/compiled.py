@@ -30,6 +30,10 @@ ENVIRONMENT = {
 }
 
 
+class CompileError(RuntimeError):
+    """The compiler failed, and not for want of memory."""
+
+
 class Compiled(NamedTuple):
     """What libtpu's compiler says of one train step."""
 
@@ -48,7 +52,7 @@ def compile_step(config: Config, on: Topology, sequences: int) -> Compiled:
 
     Raises:
       BadInput: libtpu is not installed, or the config does not go with the topology.
-      RuntimeError: the compiler failed otherwise, with its last line.
+      CompileError: with the last line that the compiler wrote.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise BadInput(
@@ -67,7 +71,7 @@ def compile_step(config: Config, on: Topology, sequences: int) -> Compiled:
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"compiling for {on.name} failed: {lines[-1]}")
+        raise CompileError(f"compiling for {on.name} failed: {lines[-1]}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "bad_input" in answer:
         raise BadInput(answer["bad_input"])
