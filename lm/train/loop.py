@@ -19,6 +19,7 @@ from lm.config import Config
 from lm.score import Score, score
 from lm.sharding import batch_shards, make_mesh
 from lm.train.device import description, matmul_peak
+from lm.train.experts import ExpertWatch
 from lm.train.metrics import MetricsLog
 from lm.train.recipe import Recipe, branch_step, check_vocabulary, resolve
 from lm.train.step import Program, State
@@ -95,6 +96,7 @@ class _Run:
         self.log: MetricsLog | None = None  # process 0's
         self.unlogged: list[float] = []  # losses since the last line of the log
         self.last_score: Score | None = None
+        self.experts = ExpertWatch(config.model) if config.model.moe.n_experts else None
 
     def to_the_end(self, start_from: str | Path | None) -> dict:
         with contextlib.ExitStack() as stack:  # an error, too, waits for the checkpoint under way
@@ -231,6 +233,8 @@ class _Run:
         for i, loss in enumerate(losses):
             at = step + i + 1
             self.unlogged.append(float(loss))
+            if self.experts:
+                self.experts.see(metrics.routing, i)
             if at % every and at != recipe.n_steps and not (validation and at == last):
                 continue
             tokens = at * recipe.batch_tokens
@@ -250,6 +254,8 @@ class _Run:
                 line["validation_loss"] = validation.loss
                 line["validation_bits_per_byte"] = validation.bits_per_byte
                 line["validation_perplexity"] = validation.perplexity
+            if self.experts:
+                line |= self.experts.entries(metrics.routing, i)
             self.unlogged = []
             if self.log:
                 self.log.write(line)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from lm.command import write_atomically
@@ -32,7 +33,7 @@ class MetricsLog:
         }
         self._file.write(json.dumps(line) + "\n")
         if self._events:
-            for key, value in line.items():
+            for key, value in _scalars(line):
                 if key != "step" and value is not None:
                     self._events.add_scalar(key, value, line["step"])
 
@@ -45,6 +46,15 @@ class MetricsLog:
         self._file.close()
         if self._events:
             self._events.close()
+
+
+def _scalars(line: dict) -> Iterator[tuple[str, float | None]]:
+    """The line's entries; of one that is a list, ``key/0``, ``key/1`` and so on."""
+    for key, value in line.items():
+        if isinstance(value, list):
+            yield from _scalars({f"{key}/{i}": item for i, item in enumerate(value)})
+        else:
+            yield key, value
 
 
 def read_metrics(workdir: Path) -> list[dict]:
