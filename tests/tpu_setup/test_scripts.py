@@ -433,13 +433,20 @@ def test_a_worker_interrupts_a_run_as_ctrl_c_does(worker, tmp_path):
     assert worker("start", "--", "true")[0] == 1  # one at a time
     worker("stop")
     until(worker, "exit 75")
+    assert worker("start", "--", "sleep", "60")[0] == 0  # one that doesn't catch it
+    worker("stop")
+    until(worker, "exit 130")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers run Linux")
 def test_a_run_that_died_with_its_machine_is_no_longer_running(worker, tmp_path):
+    here = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
     (tmp_path / "lm-run").mkdir()
-    (tmp_path / "lm-run" / "pid").write_text(f"{os.getpid()} another-boot\n")
-    assert worker("status") == (0, "lm-run: exit 137\n")
+    for holder in (f"{os.getpid()} another-boot", f"{dead.pid} {here}"):
+        (tmp_path / "lm-run" / "pid").write_text(holder + "\n")
+        assert worker("status") == (0, "lm-run: exit 137\n")
 
 
 # GPU nodes.
