@@ -49,7 +49,6 @@ class Watch:
             absent = [str(i) for i in range(1, self.n) if i not in self.others]
             told = "not all" if self.index else f"not process {', '.join(absent)}"
             await self.end(1, f"{told} of {self.n} processes came to {self.host}:{self.port}")
-        self.to_parent({"ready": True})
         await asyncio.gather(*watching)
 
     async def gather(self) -> None:
@@ -91,6 +90,7 @@ class Watch:
         self.others[index] = writer
         if not self.index and len(self.others) == self.n - 1:
             self.tell({"ready": True})
+            self.to_parent({"ready": True})
             self.ready.set()
         await self.hear(reader, index, name)
 
@@ -111,10 +111,9 @@ class Watch:
             elif "left" in word:
                 self.left.add(index)
                 del self.others[index]
-            elif "ready" in word:
-                self.ready.set()
-            elif "agreed" in word:
+            elif "ready" in word or "agreed" in word:
                 self.to_parent(word)
+                self.ready.set()
 
     async def hear_parent(self) -> None:
         """Acts on the parent's words until it has left or is gone."""

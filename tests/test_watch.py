@@ -126,6 +126,13 @@ def test_what_process_0_says_all_others_hear_in_order(three):
         assert [heard(process)["agreed"] for _ in values] == values
 
 
+def test_ready_is_the_first_word(start):
+    first, second = start(0, 2), start(1, 2)
+    assert heard(first) == {"ready": True}
+    say(first, agreed=1)
+    assert [heard(second), heard(second)] == [{"ready": True}, {"agreed": 1}]
+
+
 def test_who_has_left_may_end(three):
     for process in three:
         say(process, left=True)
