@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from lm.config import ModelConfig
-from lm.model import rotary
+from lm.model import kv_cache, rotary
 from lm.model.kernels import attend
 from lm.model.layers import Linear, Norm
 from lm.sharding import constrain
@@ -22,6 +22,8 @@ class Attention(nn.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
     ) -> jax.Array:
+        """(B, T, D). With a collection ``cache``, which must be mutable, new keys and values go
+        into it, those of segment 0 alone; a single position then attends to all in it."""
         c = self.config
         b, t, _ = x_BTD.shape
 
@@ -48,13 +50,24 @@ class Attention(nn.Module):
         query_BTNH = constrain(query_BTNH, "batch", "positions", "act_heads", None)
         key_BSKH = constrain(key_BSKH, "batch", "keys", "act_kv_heads", None)
         value_BSKH = constrain(value_BSKH, "batch", "keys", "act_kv_heads", None)
-        out_BTNH = attend(
-            *(query_BTNH, key_BSKH, value_BSKH, segments_BT),
-            sliding_window=c.sliding_window,
-            soft_cap=c.attention_soft_cap,
-            # Initialising traces a single position, which not every kernel takes.
-            kernel="einsum" if self.is_initializing() else c.attention_kernel,
-        )
+        is_decoding = self.has_variable("cache", kv_cache.NAME)
+        if is_decoding:
+            cache = self.variable("cache", kv_cache.NAME, None)
+            is_text_BT = None if segments_BT is None else segments_BT == 0
+            cache.value = kv_cache.write(
+                cache.value, key_BSKH, value_BSKH, positions_BT, is_text_BT
+            )
+        if is_decoding and t == 1:
+            last = (positions_BT[:, 0], c.sliding_window, c.attention_soft_cap)
+            out_BTNH = kv_cache.read(query_BTNH[:, 0], cache.value, *last)[:, None]
+        else:
+            out_BTNH = attend(
+                *(query_BTNH, key_BSKH, value_BSKH, segments_BT),
+                sliding_window=c.sliding_window,
+                soft_cap=c.attention_soft_cap,
+                # Initialising traces a single position, which not every kernel takes.
+                kernel="einsum" if self.is_initializing() else c.attention_kernel,
+            )
         out_BTNH = constrain(out_BTNH, "batch", "positions", "act_heads", None)
         return Linear(
             c.d_model, ("heads", "embed"), (2 * c.n_layers) ** -0.5, dtype=c.dtype, name="out"

@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         if c.scan_layers:
             self.layers = nn.scan(
                 rematerialised(c, scanned(c)),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "cache": 0},
                 split_rngs={"params": True, "jitter": True},
                 in_axes=nn.broadcast,
                 length=(c.n_layers - n_dense) // (c.moe.every if c.moe.n_experts else 1),

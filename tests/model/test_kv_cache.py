@@ -1,0 +1,103 @@
+"""The cache against attention over everything, written out in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from lm.config import ModelConfig
+from lm.model import kv_cache
+from lm.model.kv_cache import BLOCK
+
+N, H = 4, 8
+LENGTHS = np.array([1, 7, 30])  # of the prompts; padded to the longest
+
+
+def config(n_kv_heads=2, window=0):
+    return ModelConfig(
+        d_model=32, n_heads=N, n_kv_heads=n_kv_heads, head_width=H, sliding_window=window
+    )
+
+
+def reference(query, keys, values, window, soft_cap):
+    """One query (N, H) over its row's keys and values (T, K, H)."""
+    out = []
+    for n in range(N):
+        k = n * keys.shape[1] // N
+        scores = keys[:, k] @ query[n] / np.sqrt(H)
+        scores = soft_cap * np.tanh(scores / soft_cap) if soft_cap else scores
+        if window:
+            scores[: max(0, len(scores) - window)] = -np.inf
+        out.append(softmax(scores) @ values[:, k])
+    return np.stack(out)
+
+
+def empty(c, batch, positions, dtype="float32"):
+    params = {"layer_0": {"attention": {"key": {"kernel": jnp.zeros((32, c.n_kv_heads * H))}}}}
+    return kv_cache.empty(c, params, batch, positions, dtype)["layer_0"]["attention"]["kv"]
+
+
+def filled(c, keys, values, lengths, n_steps, dtype="float32"):
+    """A prompt's worth written at once, then token by token."""
+    cache = empty(c, len(lengths), keys.shape[1], dtype)
+    t = lengths.max()
+    positions = np.broadcast_to(np.arange(t), (len(lengths), t))
+    write = jax.jit(kv_cache.write)
+    # What lies beyond a row's length is padding that must leave no trace.
+    is_text = positions < lengths[:, None]
+    padded = [np.where(is_text[..., None, None], x[:, :t], 1e3) for x in (keys, values)]
+    cache = write(cache, *padded, positions, is_text)
+    rows = np.arange(len(lengths))
+    for i in range(n_steps):
+        at = lengths + i
+        new = [x[rows, at][:, None] for x in (keys, values)]
+        cache = write(cache, *new, at[:, None])
+    return cache
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("window, soft_cap, positions", [(0, 0.0, 48), (5, 0.3, 48), (0, 0.0, 300)])
+def test_reading_the_cache_is_attention_over_all_so_far(n_kv_heads, window, soft_cap, positions):
+    c = config(n_kv_heads, window)
+    lengths = LENGTHS * (positions // 48)
+    draw = np.random.default_rng(0)
+    keys, values = draw.normal(size=(2, 3, positions, n_kv_heads, H)).astype(np.float32)
+    query = draw.normal(size=(3, N, H)).astype(np.float32)
+    n_steps = 12
+    cache = filled(c, keys, values, lengths, n_steps)
+    assert cache.key_BKSH.shape[2] == (window or positions)
+    last = lengths + n_steps - 1
+    assert positions <= BLOCK or (last.max() > BLOCK and last.max() % BLOCK)
+    found = jax.jit(kv_cache.read, static_argnums=(3, 4))(query, cache, last, window, soft_cap)
+    for row, p in enumerate(last):
+        wanted = reference(query[row], keys[row, : p + 1], values[row, : p + 1], window, soft_cap)
+        np.testing.assert_allclose(found[row], wanted, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype, error", [("bfloat16", 0.01), ("int8", 0.015)])
+def test_smaller_caches_are_close_and_weigh_less(dtype, error):
+    c, draw = config(), np.random.default_rng(0)
+    keys, values = draw.normal(size=(2, 3, 48, 2, H)).astype(np.float32)
+    query = draw.normal(size=(3, N, H)).astype(np.float32)
+    cache = filled(c, keys, values, LENGTHS, 4, dtype)
+    found = np.asarray(kv_cache.read(query, cache, LENGTHS + 3, 0, 0.0))
+    wanted = np.stack([
+        reference(query[row], keys[row, :n], values[row, :n], 0, 0.0)
+        for row, n in enumerate(LENGTHS + 4)
+    ])  # fmt: skip
+    off = np.abs(found - wanted).max()
+    assert 1e-5 < off < error * np.abs(values).max()
+    content = 2 * 3 * 48 * 2 * H * jnp.dtype(dtype).itemsize
+    scales = 2 * 3 * 48 * 2 * 4 if dtype == "int8" else 0
+    assert sum(x.nbytes for x in cache if x is not None) == content + scales
+
+
+def test_reading_costs_by_position_not_by_buffer():
+    """Blocks visited are those up to the longest text: more of the buffer may hold anything."""
+    cache = empty(config(), 1, 4 * BLOCK)
+    poison = cache._replace(value_BKSH=cache.value_BKSH.at[:, :, BLOCK:].set(jnp.nan))
+    query = jnp.ones((1, N, H))
+    read = jax.jit(kv_cache.read, static_argnums=(3, 4))
+    assert np.isfinite(read(query, poison, jnp.array([BLOCK - 1]), 0, 0.0)).all()
+    assert np.isnan(read(query, poison, jnp.array([BLOCK]), 0, 0.0)).any()
