@@ -264,6 +264,8 @@ class _Run:
 
     def _save(self, state: State, step: int) -> None:
         self._read_clock()
+        if self.log:  # whatever happens to the machine, no older than the checkpoint
+            self.log.flush(to_disk=True)
         meta = {
             "schema": SCHEMA,
             "seconds": dict(self.seconds),

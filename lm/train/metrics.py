@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,9 +38,11 @@ class MetricsLog:
                 if key != "step" and value is not None:
                     self._events.add_scalar(key, value, line["step"])
 
-    def flush(self) -> None:
-        """Puts what was written on disk."""
+    def flush(self, to_disk: bool = False) -> None:
+        """Shows to others what was written; ``to_disk`` waits until the disk, or bucket, has it."""
         self._file.flush()
+        if to_disk:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flushes and closes."""

@@ -221,3 +221,15 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     argv = ["lm.train", "--config=configs/tiny.py", f"--workdir={tmp_path}"]
     assert command.run(main.main, main.FLAGS, main.__doc__, argv) == command.PREEMPTED
     assert "the same command goes on" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_no_newer_than_the_log_on_disk(config, programs, tmp_path, monkeypatch):
+    told = []
+    flush, save = MetricsLog.flush, Checkpoints.save
+    monkeypatch.setattr(
+        MetricsLog, "flush", lambda log, to_disk=False: (told.append(to_disk), flush(log, to_disk))
+    )
+    monkeypatch.setattr(Checkpoints, "save", lambda *a: (told.append("saved"), save(*a)))
+    loop.train(config, tmp_path, programs=programs)
+    assert told.count("saved") == told.count(True) == 1
+    assert told[told.index("saved") - 1] is True
