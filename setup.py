@@ -25,15 +25,17 @@ setup(
         "orbax-checkpoint>=0.11.25",
         "pyarrow>=17",
         "rich>=13",
+        "safetensors>=0.5",
         "scipy>=1.13",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8"],
+        "test": ["gguf>=0.17", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8"],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
+        "gguf": ["gguf>=0.17"],
         "compare": ["torch>=2.6", "transformers>=4.50"],
     },
 )
