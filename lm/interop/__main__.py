@@ -1,0 +1,62 @@
+"""Weights of other people in, ours out.
+
+python -m lm.interop import --from=HF_DIR_OR_GGUF --to=WORKDIR
+python -m lm.interop export --from=WORKDIR --to=HF_DIR [--dtype=bfloat16]
+
+A WORKDIR is a run's folder. HF_DIR holds config.json, model*.safetensors and tokenizer.json, as
+transformers writes and reads them.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from lm import command
+from lm.command import BadInput, folder_atomically, one_of
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("from", None, "What is read.", flag_values=FLAGS)
+flags.DEFINE_string("to", None, "The folder that is made.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "dtype",
+    "float32",
+    "import: of the computation, float32 or bfloat16; export: of the stored weights, or float16.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "scan_layers", False, "import: stack the layers, for a scan over them.", flag_values=FLAGS
+)
+
+
+def _paths() -> tuple[Path, Path]:
+    for name in ("from", "to"):
+        if not FLAGS[name].value:
+            raise BadInput(f"--{name} is missing; see --help")
+    return Path(FLAGS["from"].value), Path(FLAGS.to)
+
+
+def import_() -> None:
+    given, to = _paths()
+    from lm.interop.workdir import import_weights
+
+    one_of("--dtype", FLAGS.dtype, ("float32", "bfloat16"))
+    if not given.exists():
+        raise BadInput(f"--from={given}: is not there")
+    with folder_atomically(to) as folder:
+        result = import_weights(given, folder, FLAGS.dtype, FLAGS.scan_layers)
+    print(f"{to}: {result['total_params']:,} parameters")
+
+
+def export() -> None:
+    workdir, to = _paths()
+    from lm.interop.workdir import export_weights
+
+    one_of("--dtype", FLAGS.dtype, ("float32", "bfloat16", "float16"))
+    with folder_atomically(to) as folder:
+        config = export_weights(workdir, folder, FLAGS.dtype)
+    print(f"{to}: {config['architectures'][0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run({"import": import_, "export": export}, FLAGS, __doc__))
