@@ -30,11 +30,13 @@ flags.DEFINE_bool("compile", True, "compile for --topology, or only calculate", 
 flags.DEFINE_bool("json", False, "print JSON", flag_values=FLAGS)
 for name, default, meaning in (
     ("sequences", None, "rows of the batch; the config's on --topology, else one a device group"),
-    ("attempts", 4, "configs that are compiled at most, when one that fits is looked for"),
+    ("attempts", 4, "configs that are compiled at most when one that fits is looked for"),
     ("cache_batch", 1, "sequences of the KV cache"),
     ("cache_seq_len", None, "tokens a sequence of the KV cache; data.seq_len where not given"),
 ):
-    flags.DEFINE_integer(name, default, meaning, lower_bound=1, flag_values=FLAGS)
+    flags.DEFINE_integer(
+        name, default, meaning, lower_bound=0 if name == "attempts" else 1, flag_values=FLAGS
+    )
 
 
 def main() -> int:

@@ -77,6 +77,8 @@ def _print_verdict(console: Console, found: dict, result: dict) -> None:
         chips, tokens = result["chips"], time["tokens_per_second"]
         links = {f"links of {axis}": seconds for axis, seconds in time["link_seconds"].items()}
         parts = {"compute": time["compute_seconds"], "HBM": time["hbm_seconds"]} | links
+        flops = result["flops_per_token"]
+        visible = flops["exact_causal"] / flops["exact"]
         rows = [(name, f"{seconds:.4g}") for name, seconds in parts.items()]
         if time["bubble"]:
             rows.append(("share of bubble", f"{time['bubble']:.3f}"))
@@ -85,6 +87,7 @@ def _print_verdict(console: Console, found: dict, result: dict) -> None:
             ("step, predicted", f"{time['step_seconds']:.4g}"),
             ("tokens a second and chip", f"{tokens / chips:,.0f}"),
             ("MFU, predicted", f"{100 * time['mfu']:.1f} %"),
+            ("  by exact_causal", f"{100 * time['mfu'] * visible:.1f} %"),
         ]
         title = f"seconds of a step; {time['limit']} takes longest"
         _print_table(console, title, rows)
