@@ -40,17 +40,19 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    # The model is annotated for Auto axes; make_mesh gives Explicit ones unless asked.
-    types = (AxisType.Auto,) * len(sizes)
+    types = (AxisType.Auto,) * len(sizes)  # which the model is annotated for
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # A mesh axis may take part of a torus axis, as 32 x 8 on 16x16; jax.make_mesh refuses that on
+    # most chips. Where whole ones go, whole ones are taken.
+    split = {"allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, **split), MESH_AXES, types)
     if sizes[0] % slices:
         raise BadInput(f"mesh.replica = {sizes[0]}: must be a multiple of the {slices} slices here")
     within = (sizes[0] // slices, *sizes[1:])
     across = (slices, *(1 for _ in sizes[1:]))
-    laid = mesh_utils.create_hybrid_device_mesh(within, across, devices=devices)
-    return Mesh(laid, MESH_AXES, axis_types=types)
+    laid = mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+    return Mesh(laid, MESH_AXES, types)
 
 
 def batch_shards(mesh: Mesh) -> int:
