@@ -19,54 +19,75 @@ def micro_batches(batch: Batch, n: int) -> Batch:
 
 
 def nats(
-    config: Config, decoder: Decoder, n_stages: int, params: Any, batch: Batch
+    config: Config,
+    decoder: Decoder,
+    n_stages: int,
+    params: Any,
+    batch: Batch,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The sum of nats over a batch, and the layers' routing, (M, L, ...) (None: no layer routes).
+    """The sum of nats over a batch, and the routing of each layer with experts.
 
-    The embedding, the last norm and the head are no stage's: every stage has their parameters, and
-    applies them to its own share of the M = ``train.accumulation`` micro-batches.
+    That is the mean over the M = ``train.accumulation`` micro-batches. What is no part of the
+    stacked layers (embedding, first dense layers, last norm, head) is no stage's: every stage has
+    these parameters and applies them to its own share of the micro-batches.
+
+    ``key`` is of the router's jitter, in training.
     """
-    n_micro, model = config.train.accumulation, config.model
-    block = rematerialised(model, scanned(model))(model)
+    model, n_micro = config.model, config.train.accumulation
     apply = partial(decoder.apply, {"params": params})
     over_stages = partial(jax.vmap, spmd_axis_name=AXIS)
     micro = micro_batches(batch, n_micro)
-    steps_T = jnp.arange(batch.inputs_BT.shape[1])[None]
+    if micro.positions_BT is None:
+        steps_T = jnp.arange(batch.inputs_BT.shape[1])
+        micro = micro._replace(positions_BT=jnp.tile(steps_T, (n_micro, 1, 1)))
 
-    def embed(inputs_BT, positions_BT):
-        positions_BT = steps_T if positions_BT is None else positions_BT
-        return apply(inputs_BT, positions_BT, method="embed")
+    def before(inputs_BT, positions_BT, segments_BT):
+        x_BTD = apply(inputs_BT, positions_BT, method="embed")
+        dense = rematerialised(model)(model, has_experts=False)
+        for i in range(model.moe.first_dense if model.moe.n_experts else 0):
+            layer = {"params": params[f"layer_{i}"]}
+            x_BTD, _ = dense.apply(layer, x_BTD, positions_BT, segments_BT)
+        return x_BTD
 
-    def stage(layers, x_BTD, documents):
-        segments_BT, positions_BT = documents
-        positions_BT = steps_T if positions_BT is None else positions_BT
+    def stage(layers, x_BTD, micro):
+        (positions_BT, segments_BT), i = micro
+        block = rematerialised(model, scanned(model))(model)
 
-        def layer(x_BTD, layer):
-            return block.apply({"params": layer}, x_BTD, positions_BT, segments_BT)
+        def apply_one(x_BTD, layer):
+            params, key = layer
+            rngs = None if key is None else {"jitter": jax.random.fold_in(key, i)}
+            return block.apply({"params": params}, x_BTD, positions_BT, segments_BT, rngs=rngs)
 
-        return jax.lax.scan(layer, x_BTD, layers)
+        return jax.lax.scan(apply_one, x_BTD, layers)
 
-    x_MBTD = over_stages(embed)(micro.inputs_BT, micro.positions_BT)
-    documents = (micro.segments_BT, micro.positions_BT)
-    x_MBTD, routing = pipelined(
-        stage, params["layers"], x_MBTD, documents, n_stages, config.mesh.rounds
-    )
-    unembedding_DV = apply(method="unembedding")
+    def after(share):
+        def add(total, micro):
+            x_BTD, targets_BT, weights_BT = micro
+            return total + head_cross_entropy(
+                *(apply(x_BTD, method="last"), unembedding_DV, targets_BT, weights_BT),
+                soft_cap=model.logit_soft_cap,
+                chunk=config.train.loss_chunk,
+            ), None
 
-    def add(total, micro):
-        x_BTD, targets_BT, weights_BT = micro
-        return total + head_cross_entropy(
-            *(apply(x_BTD, method="last"), unembedding_DV, targets_BT, weights_BT),
-            soft_cap=config.model.logit_soft_cap,
-            chunk=config.train.loss_chunk,
-        ), None
-
-    def head(share):
-        # The backward pass computes logits again: else those of the whole batch would exist at once.
+        # The backward pass computes logits again, or those of the whole batch would exist at once.
         return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.float32(0), share)[0]
 
+    layers, documents = params["layers"], (micro.positions_BT, micro.segments_BT)
+    keys = None
+    if key is not None:
+        keys = jax.random.split(key, jax.tree.leaves(layers)[0].shape[0])
+    x_MBTD, routing = pipelined(
+        stage,
+        (layers, keys),
+        over_stages(before)(micro.inputs_BT, *documents),
+        (documents, jnp.arange(n_micro)),
+        *(n_stages, config.mesh.rounds),
+    )
+    unembedding_DV = apply(method="unembedding")
     shares = jax.tree.map(
         lambda x: x.reshape(n_stages, -1, *x.shape[1:]),
         (x_MBTD, micro.targets_BT, micro.weights_BT),
     )
-    return jnp.sum(over_stages(head)(shares)), routing
+    nats = jnp.sum(over_stages(after)(shares))
+    return nats, jax.tree.map(lambda x_ML: jnp.mean(x_ML, 0), routing)

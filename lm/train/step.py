@@ -179,8 +179,7 @@ class Program:
     def _nats_and_routing(self, params, batch: Batch, key) -> tuple[jax.Array, Routing | None]:
         """The sum of nats, and the routing of each layer with experts; ``key`` in training."""
         if (stages := self.mesh.shape["stage"]) > 1:
-            nats, routing = pipeline.nats(self.config, self.decoder, stages, params, batch)
-            return nats, jax.tree.map(lambda x: jnp.mean(x, 0), routing)
+            return pipeline.nats(self.config, self.decoder, stages, params, batch, key)
         apply = partial(self.decoder.apply, {"params": params})
         x_BTD, routing = apply(
             *(batch.inputs_BT, batch.segments_BT, batch.positions_BT),
