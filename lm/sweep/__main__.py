@@ -5,8 +5,10 @@ r"""Trains all runs of a study: budgets x sizes. The same command again trains o
     python -m lm.sweep --workdir=runs/isoflop_cpu --status
 
 Writes runs.csv and curves.csv into the workdir, for ``python -m lm.fit --runs=WORKDIR``.
+With --backend=inline on many hosts, the same command on each (see lm.train), a run has all of them.
 """
 
+import contextlib
 import signal
 import sys
 import time
@@ -14,11 +16,11 @@ import time
 from absl import flags
 from rich.console import Console
 
-from lm import command
+from lm import command, hosts
 from lm.command import DONE, FAILED, PREEMPTED, BadInput
 from lm.config_file import config_from_flags, define_config_flag
 from lm.sweep import grid
-from lm.sweep.backends import Inline, Processes, available_cores
+from lm.sweep.backends import Inline, Processes, available_cores, follow
 from lm.sweep.display import Display, accounting_line, budgets_table, clock, summary
 from lm.sweep.launch import Study, account, cannot_start, launch, refuse_more_workers
 from lm.sweep.store import Store
@@ -40,6 +42,12 @@ flags.DEFINE_bool("status", False, "Show how the study stands, and end.", flag_v
 
 
 def main() -> int | None:
+    together = FLAGS.backend == "inline" and not FLAGS.status
+    with hosts.joined() if together else contextlib.nullcontext():
+        return _sweep() if hosts.is_first() else follow()
+
+
+def _sweep() -> int | None:
     started = time.monotonic()
     if FLAGS.workdir is None:
         raise BadInput("--workdir is missing; as --workdir=runs/isoflop_cpu")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lm import hosts
 from lm.sweep.worker import TRAINER, Runner
 
 LINES_OF_LOG = 10  # that are kept of a worker that died
@@ -22,7 +23,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class Inline:
-    """One run after another in this process. It has all devices to itself."""
+    """One run after another in this process, on all devices; those of ``follow``ers too."""
 
     workers = 1
 
@@ -38,7 +39,7 @@ class Inline:
 
     def submit(self, job: dict) -> None:
         """Takes a job for the next ``wait``."""
-        self._job = job
+        self._job = hosts.agree(lambda: job)
 
     def wait(self, tell: Tell) -> None:
         """Trains the job to its end."""
@@ -51,7 +52,16 @@ class Inline:
         self._job = None
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        """Lets the followers end."""
+        hosts.agree(lambda: None)
+
+
+def follow(trainer: str = TRAINER) -> None:
+    """What the other processes of ``hosts.joined`` do while process 0 has ``Inline``: the same."""
+    runner = None
+    while job := hosts.agree(lambda: None):  # process 0's word, not this
+        runner = runner or Runner(trainer)
+        runner.run(job, lambda kind, **values: None)
 
 
 class Processes:

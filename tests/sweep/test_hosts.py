@@ -1,0 +1,116 @@
+"""A study by several processes: each run on the devices of all, as one process would train it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm.config import Config
+from lm.sweep import backends
+from lm.sweep.store import Store
+
+ROOT = Path(__file__).parents[2]
+FILE = """
+from lm.config import Config, to_config_dict
+
+def get_config():
+    config = to_config_dict(Config())
+    config.data.corpus = "text"
+    config.data.files = "{files}"
+    config.data.data_dir = "{data}"
+    config.data.seq_len = 64
+    config.data.validation_tokens = 1024
+    config.train.batch_tokens = 512.0
+    config.train.checkpoint_every = -1
+    config.train.tensorboard = False
+    config.sweep.budgets = (2e8,)
+    config.sweep.sizes = 2
+    config.sweep.widths = (8, 16)
+    config.sweep.first_optimum = 10_000.0
+    config.sweep.spread = 2.0
+    return config
+"""
+
+
+def start(config_file, workdir, n, *more):
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "lm.sweep", f"--config={config_file}", f"--workdir={workdir}"]
+    return [
+        subprocess.Popen(
+            [*command, *more],
+            env=os.environ
+            | {
+                "LM_COORDINATOR": f"localhost:{port}",
+                "LM_PROCESSES": str(n),
+                "LM_PROCESS": str(i),
+                "JAX_NUM_CPU_DEVICES": str(4 // n),
+                "JAX_COMPILATION_CACHE_DIR": str(config_file.parent / "compiled"),
+                "PYTHONPATH": str(ROOT),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(n)
+    ]
+
+
+def rows(workdir):
+    store = Store(workdir)
+    store.scan()
+    return store.rows()
+
+
+@pytest.fixture
+def config_file(tmp_path, text_data):
+    path = tmp_path / "study.py"
+    path.write_text(FILE.format(files=text_data.files, data=text_data.data_dir))
+    return path
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_study_of_one(config_file, tmp_path):
+    found = {}
+    for n in (2, 1):
+        processes = start(config_file, tmp_path / str(n), n)
+        said = [process.communicate(timeout=240)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * n, said
+        assert all("runs" not in text for text in said[1:])  # process 0 alone speaks
+        found[n] = rows(tmp_path / str(n))
+    assert len(found[1]) == 2
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one["run_id"] == two["run_id"] and two["device"] == "cpu x 4"
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_what_process_0_refuses_ends_all(config_file, tmp_path):
+    processes = start(config_file, tmp_path / "out", 2, "--config.sweep.sizes=9")
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert all("only 2 shapes" in text for text in said), said
+
+
+def test_alone_nobody_is_waited_for(monkeypatch):
+    seen = []
+
+    class Runner:
+        def __init__(self, trainer):
+            pass
+
+        def run(self, job, tell):
+            seen.append(job)
+            tell("done")
+
+    monkeypatch.setattr(backends, "Runner", Runner)
+    backend = backends.Inline()
+    backend.submit({"run_id": "a", "config": Config().name})
+    assert backend.free == 0
+    backend.wait(lambda event: seen.append(event["kind"]))
+    backend.close()
+    assert seen == [{"run_id": "a", "config": "base"}, "done"]
