@@ -193,11 +193,12 @@ def agree(decide: Callable[[], Any]) -> Any:
     if _link.index:
         word = _link.words.get()["agreed"]
     else:
-        try:
-            word = {"value": decide()}
-        except BadInput as error:
-            word = {"refused": str(error)}
-        _link.say({"agreed": word})
+        with ending_all():
+            try:
+                word = {"value": decide()}
+            except BadInput as error:
+                word = {"refused": str(error)}
+            _link.say({"agreed": word})
     if "refused" in word:
         raise BadInput(word["refused"])
     return word["value"]

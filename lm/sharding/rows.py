@@ -1,10 +1,13 @@
 """The rows of a batch that a process reads, and how they become a global array."""
 
+from functools import lru_cache
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
 
+@lru_cache(maxsize=256)  # asked for at every dispatch
 def held(sharding: NamedSharding, n: int) -> np.ndarray:
     """Which of ``n`` entries, laid along one axis as ``sharding`` says, devices here hold, (k,)."""
     slices = sharding.addressable_devices_indices_map((n,)).values()
