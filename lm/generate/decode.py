@@ -1,6 +1,8 @@
 """Texts from prompts: one pass over the prompts fills the cache, then a token a step."""
 
 import dataclasses
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -52,7 +54,8 @@ class Generator:
       cache_dtype: float32 | bfloat16 | int8.
 
     Raises:
-      BadInput: more positions than learned or sinusoidal ones were made for.
+      BadInput: more positions than learned or sinusoidal ones were made for, or experts that choose
+        tokens: they see the whole text.
     """
 
     def __init__(
@@ -65,18 +68,27 @@ class Generator:
         stop: Sequence[int] = (),
         cache_dtype: str = "float32",
     ):
-        if config.model.position in ("sinusoidal", "learned") and positions > config.data.seq_len:
-            raise BadInput(
-                f"{positions} positions: {config.model.position} ones end at {config.data.seq_len}"
-            )
+        last = config.data.seq_len
+        if config.model.position in ("sinusoidal", "learned") and positions > last:
+            raise BadInput(f"{positions} positions: {config.model.position} ones end at {last}")
         one_of("cache_dtype", cache_dtype, kv_cache.DTYPES)
-        model = dataclasses.replace(config.model, remat="none", attention_kernel="auto")
+        model, moe = config.model, config.model.moe
+        if moe.n_experts and moe.routing == "expert_choice":
+            raise BadInput(
+                "model.moe.routing = 'expert_choice': must be 'token_choice' to generate,"
+                " since experts choose among all tokens of a text"
+            )
+        # Experts then drop no token, whose neighbours are not here to compete with it.
+        moe = dataclasses.replace(moe, dispatch="auto")
+        model = dataclasses.replace(model, remat="none", attention_kernel="auto", moe=moe)
         self.positions, self.sampling, self.params = positions, sampling, params
         self._cache_dtype, self._model = cache_dtype, model
-        last = config.data.seq_len if model.position in ("sinusoidal", "learned") else positions
-        self._decoder = Decoder(model, last)
+        self._decoder = Decoder(model, last if model.position == "learned" else positions)
         self._soft_cap, self._stop = model.logit_soft_cap, jnp.array(list(stop) or [-1])
-        self._mesh, self._layout = mesh, layout(config, mesh)
+        # A step has one position: nothing to split.
+        whole = dataclasses.replace(config.mesh, sequence_sharded=False)
+        self._mesh = mesh
+        self._layout = layout(dataclasses.replace(config, mesh=whole), mesh)
         self._run_prefill = jax.jit(self._prefill)
         self._run_steps = jax.jit(self._steps, donate_argnums=(1, 2))
 
@@ -205,3 +217,17 @@ class Generator:
 def best(completions: Sequence[Completion]) -> Completion:
     """The one whose tokens are likeliest together."""
     return max(completions, key=lambda completion: sum(completion.log_probabilities))
+
+
+def vote(texts: Sequence[str], wanted: re.Pattern) -> tuple[str | None, float]:
+    """The commonest answer and its share of the texts; (None, 0) where none has one.
+
+    A text's answer is its last match of ``wanted``: the first group, where there is one. Of equally
+    common ones the first.
+    """
+    matches = [list(wanted.finditer(text)) for text in texts]
+    answers = Counter(found[-1][min(1, wanted.groups)] for found in matches if found)
+    if not answers:
+        return None, 0.0
+    answer, n = answers.most_common(1)[0]
+    return answer, n / len(texts)

@@ -1,6 +1,7 @@
 """Decoding with the cache against the forward pass over everything so far."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from scipy.stats import chisquare
 from lm import arithmetic
 from lm.command import BadInput
 from lm.config import Config, MeshConfig, ModelConfig, replace
-from lm.generate.decode import Completion, Generator, best
+from lm.generate.decode import Completion, Generator, best, vote
 from lm.generate.sampling import Sampling
 from lm.model import Decoder, kv_cache
 from lm.sharding import make_mesh
@@ -91,6 +92,7 @@ VARIANTS = {
     "scanned": dict(scan_layers=True, remat="full"),
     "learned": dict(position="learned"),
     "soft_caps": dict(attention_soft_cap=1.0, logit_soft_cap=2.0, tied=True),
+    "experts": dict(moe=dict(n_experts=4, top_k=2, capacity_factor=0.5)),
     "post_norm": dict(norm_position="post", norm="layer", position="sinusoidal"),
 }
 
@@ -194,6 +196,18 @@ def test_positions_that_were_not_learned_are_refused():
         made(dict(position="learned"), positions=64)
     with pytest.raises(BadInput, match="cache_dtype = 'int4': must be one of"):
         made(cache_dtype="int4")
+
+
+def test_experts_that_see_the_whole_text_are_refused():
+    with pytest.raises(BadInput, match="'expert_choice': must be 'token_choice' to generate"):
+        made(dict(moe=dict(n_experts=4, routing="expert_choice")))
+
+
+def test_a_vote_is_for_the_commonest_last_answer():
+    texts = ["so 3, no: 4", "4", "it is 5", "none"]
+    assert vote(texts, re.compile(r"\d")) == ("4", 0.5)
+    assert vote(texts, re.compile(r"is (\d)")) == ("5", 0.25)
+    assert vote(texts, re.compile("x")) == (None, 0.0)
 
 
 def test_the_best_is_the_likeliest_together():

@@ -1,0 +1,114 @@
+"""Writes on from a prompt with the weights of a run's newest checkpoint.
+
+python -m lm.generate --workdir=runs/tiny --prompt="It was a" [--temperature=0.8 --top_p=0.95 ...]
+
+Several --prompt make a batch. With --samples each prompt is continued so often; --best alone keeps
+the likeliest, --vote=REGEX tells the commonest match (its first group, where it has one), which is
+self-consistency (Wang et al. 2023).
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from lm import command
+from lm.command import BadInput
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("workdir", None, "A run's folder.", flag_values=FLAGS)
+flags.DEFINE_multi_string("prompt", [], "What to continue; may be repeated.", flag_values=FLAGS)
+flags.DEFINE_integer("max_tokens", 200, "Tokens of a continuation, at most.", flag_values=FLAGS)
+flags.DEFINE_float("temperature", 1.0, "0: the likeliest token.", flag_values=FLAGS)
+flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest (0: all).", flag_values=FLAGS)
+flags.DEFINE_float("top_p", 1.0, "From the fewest that reach this probability.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "min_p", 0.0, "From those of this share of the likeliest's probability.", flag_values=FLAGS
+)
+flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Above 1: tokens already there are less likely.", flag_values=FLAGS
+)
+flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=FLAGS)
+flags.DEFINE_integer("samples", 1, "Continuations of each prompt.", flag_values=FLAGS)
+flags.DEFINE_bool("best", False, "Of the samples, the likeliest alone.", flag_values=FLAGS)
+flags.DEFINE_string("vote", None, "The samples' commonest match of this regex.", flag_values=FLAGS)
+flags.DEFINE_multi_integer("stop", None, "Ids that end a text (end of text).", flag_values=FLAGS)
+flags.DEFINE_string("cache_dtype", "float32", "float32, bfloat16 or int8.", flag_values=FLAGS)
+flags.DEFINE_bool("json", False, "An object a line, with log-probabilities.", flag_values=FLAGS)
+
+
+def main() -> int | None:
+    if FLAGS.workdir is None or not FLAGS.prompt:
+        missing = "prompt" if FLAGS.workdir else "workdir"
+        raise BadInput(f"--{missing} is missing; as --workdir=runs/tiny --prompt='It was a'")
+    if FLAGS.samples < 1:
+        raise BadInput(f"--samples={FLAGS.samples}: must be at least 1")
+    try:
+        wanted = re.compile(FLAGS.vote) if FLAGS.vote is not None else None
+    except re.error as error:
+        raise BadInput(f"--vote={FLAGS.vote}: not a regular expression ({error})") from error
+
+    from lm.generate.decode import Generator, best, vote
+    from lm.generate.sampling import Sampling
+
+    fields = [field.name for field in dataclasses.fields(Sampling)]
+    sampling = Sampling(**{name: FLAGS[name].value for name in fields})
+    generator, tokenizer = _open(Generator, sampling)
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in FLAGS.prompt]
+    rows = [prompt for prompt in prompts for _ in range(FLAGS.samples)]
+    if len(rows) == 1 and not FLAGS.json and wanted is None:
+        _print_growing(generator, tokenizer, rows[0])
+        return None
+    found = generator(rows, FLAGS.max_tokens, FLAGS.seed)
+    for i, prompt in enumerate(FLAGS.prompt):
+        samples = found[i * FLAGS.samples : (i + 1) * FLAGS.samples]
+        if wanted is not None:
+            answer, share = vote([tokenizer.decode(s.tokens) for s in samples], wanted)
+            print(json.dumps({"prompt": prompt, "answer": answer, "share": share}))
+            continue
+        for sample in [best(samples)] if FLAGS.best else samples:
+            text = tokenizer.decode(sample.tokens)
+            told = {"prompt": prompt, "text": text, **dataclasses.asdict(sample)}
+            print(json.dumps(told) if FLAGS.json else f"{prompt}{text}\n")
+
+
+def _open(generator, sampling):
+    """The generator and the tokenizer of ``--workdir``, on all devices here."""
+    import jax
+
+    from lm.checkpoint import load_config, load_params
+    from lm.data import open_tokenizer
+    from lm.sharding import make_mesh
+
+    workdir = Path(FLAGS.workdir)
+    config = load_config(workdir)
+    tokenizer = open_tokenizer(config.data)
+    # A single row is no work for many: what the model axis does not take stays idle.
+    mesh = make_mesh(
+        dataclasses.replace(config.mesh, replica=1, stage=1, data=1, context=1),
+        jax.devices()[: max(config.mesh.model, 1)],
+    )
+    longest = max(len(tokenizer.encode(prompt)) for prompt in FLAGS.prompt)
+    return generator(
+        *(config, load_params(workdir, config, mesh), longest + FLAGS.max_tokens, mesh, sampling),
+        stop=FLAGS.stop or [tokenizer.end_of_text],
+        cache_dtype=FLAGS.cache_dtype,
+    ), tokenizer
+
+
+def _print_growing(generator, tokenizer, prompt: list[int]) -> None:
+    """The text as it grows. A character that is not whole yet waits."""
+    told = ""
+    for (completion,) in generator.stream([prompt], FLAGS.max_tokens, FLAGS.seed, every=4):
+        text = FLAGS.prompt[0] + tokenizer.decode(completion.tokens)
+        whole = text.rstrip("\ufffd")
+        print(whole[len(told) :], end="", flush=True)
+        told = whole
+    print(text[len(told) :])
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, FLAGS, __doc__))

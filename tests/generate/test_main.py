@@ -1,0 +1,78 @@
+import json
+
+import pytest
+
+from lm import command
+from lm.config import Config, MeshConfig, ModelConfig, replace
+from lm.data.tokenizers import ByteTokenizer
+from lm.generate import __main__ as generate
+from lm.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def workdir(text_data, tmp_path_factory):
+    """Forty steps: enough to spell words of the corpus."""
+    config = Config(
+        model=ModelConfig(vocab_size=264, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48),
+        data=text_data,
+        mesh=MeshConfig(data=8),
+    )
+    config = replace(
+        config,
+        train={"tokens": 40 * 512.0, "batch_tokens": 512.0, "tensorboard": False},
+        optimizer={"learning_rate": 0.02},
+    )
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    train(config, workdir)
+    return workdir
+
+
+def run(capsys, workdir, *argv):
+    argv = ["generate", f"--workdir={workdir}", *argv]
+    code = command.run(generate.main, generate.FLAGS, generate.__doc__, argv)
+    return code, capsys.readouterr()
+
+
+def test_the_command_streams_what_it_also_gives_as_json(capsys, workdir):
+    given = ("--prompt=the ", "--max_tokens=24", "--temperature=0.5", "--seed=2")
+    code, streamed = run(capsys, workdir, *given)
+    assert code == 0 and streamed.out.startswith("the ")
+    code, told = run(capsys, workdir, *given, "--json")
+    told = json.loads(told.out)
+    assert streamed.out == f"the {told['text']}\n"
+    assert ByteTokenizer().decode(told["tokens"]) == told["text"]
+    assert len(told["log_probabilities"]) == len(told["tokens"]) == 24
+
+
+def test_samples_the_best_of_them_and_their_vote(capsys, workdir):
+    given = ("--prompt=the ", "--prompt=he", "--max_tokens=6", "--samples=4", "--json")
+    _, every = run(capsys, workdir, *given)
+    every = [json.loads(line) for line in every.out.splitlines()]
+    assert [sample["prompt"] for sample in every] == ["the "] * 4 + ["he"] * 4
+    assert len({sample["text"] for sample in every}) > 1
+    _, best = run(capsys, workdir, *given, "--best")
+    best = [json.loads(line) for line in best.out.splitlines()]
+    for samples, kept in zip((every[:4], every[4:]), best, strict=True):
+        assert kept == max(samples, key=lambda s: sum(s["log_probabilities"]))
+    _, vote = run(capsys, workdir, *given, "--vote=[a-z]")
+    vote = json.loads(vote.out.splitlines()[0])
+    last = [next((c for c in reversed(s["text"]) if c.isalpha()), None) for s in every[:4]]
+    assert vote["answer"] in last and vote["share"] == last.count(vote["answer"]) / 4
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ((), "--prompt is missing"),
+        (("--prompt=a", "--top_p=0"), "top_p = 0.0: must be in (0, 1]"),
+        (("--prompt=a", "--max_tokens=0"), "max_tokens = 0: must be at least 1"),
+        (("--prompt=",), "an empty prompt: must have at least one token"),
+        (("--prompt=a", "--samples=0"), "--samples=0: must be at least 1"),
+        (("--prompt=a", "--vote=("), "--vote=(: not a regular expression"),
+        (("--prompt=a", "--workdir=nowhere"), "nowhere: no run here"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, workdir, argv, line):
+    code, told = run(capsys, workdir, *argv)
+    assert code == 2 and line in told.err and len(told.err.splitlines()) == 1
+    assert told.out == ""
