@@ -32,10 +32,18 @@ setup(
         "tokenizers>=0.20",
     ],
     extras_require={
-        "test": ["gguf>=0.17", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8"],
+        "test": [
+            "gguf>=0.17",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "qwix>=0.1.8",
+            "ruff>=0.8",
+        ],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
         "gguf": ["gguf>=0.17"],
+        "quant": ["qwix>=0.1.8"],
         "compare": ["torch>=2.6", "transformers>=4.50"],
     },
 )

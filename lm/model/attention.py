@@ -33,6 +33,7 @@ class Attention(nn.Module):
                 ("embed", axis),
                 use_bias=c.qkv_bias,
                 dtype=c.dtype,
+                quantization=c.quantization,
                 name=name,
             )(x_BTD)
             return y.reshape(b, t, n_heads, c.head_width)
@@ -70,5 +71,10 @@ class Attention(nn.Module):
             )
         out_BTNH = constrain(out_BTNH, "batch", "positions", "act_heads", None)
         return Linear(
-            c.d_model, ("heads", "embed"), (2 * c.n_layers) ** -0.5, dtype=c.dtype, name="out"
+            c.d_model,
+            ("heads", "embed"),
+            (2 * c.n_layers) ** -0.5,
+            dtype=c.dtype,
+            quantization=c.quantization,
+            name="out",
         )(out_BTNH.reshape(b, t, -1))

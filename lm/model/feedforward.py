@@ -27,11 +27,11 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        into = partial(Linear, self.d_ff or c.d_ff, ("embed", "ff"), dtype=c.dtype)
+        linear = partial(Linear, dtype=c.dtype, quantization=c.quantization)
+        into = partial(linear, self.d_ff or c.d_ff, ("embed", "ff"))
         up_BTF = into(name="up")(x_BTD)
         gate_BTF = into(name="gate")(x_BTD) if c.feed_forward in GATED else None
         hidden_BTF = activate(c.feed_forward, up_BTF, gate_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", "positions", "act_ff")
-        return Linear(
-            c.d_model, ("ff", "embed"), (2 * c.n_layers) ** -0.5, dtype=c.dtype, name="down"
-        )(hidden_BTF)
+        out = linear(c.d_model, ("ff", "embed"), (2 * c.n_layers) ** -0.5, name="down")
+        return out(hidden_BTF)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
+from lm.model.quantized import matmul
 from lm.sharding import gather, is_split, partitioned
 
 
@@ -16,6 +17,7 @@ class Linear(nn.Module):
     scale: float = 1.0  # the kernel's standard deviation is scale / sqrt(fan_in)
     use_bias: bool = False
     dtype: str = "float32"
+    quantization: str = "none"  # of the product: none | int8 | fp8
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -27,7 +29,7 @@ class Linear(nn.Module):
         # Two axes: the backward of (B, T, D) @ (D, F) is slow in XLA on CPU; no worse elsewhere.
         # But positions over several devices have no place in one axis with the batch.
         rows = x if is_split("positions") else x.reshape(-1, fan_in)
-        y = rows @ gather(kernel.astype(self.dtype), *self.axes)
+        y = matmul(rows, gather(kernel.astype(self.dtype), *self.axes), self.quantization)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, self.axes[1])
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
