@@ -42,6 +42,8 @@ setup(
         ],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
+        "ray": ["ray>=2.40"],
+        "slurm": ["submitit>=1.5"],
         "gguf": ["gguf>=0.17"],
         "quant": ["qwix>=0.1.8"],
         "compare": ["torch>=2.6", "transformers>=4.50"],

@@ -8,10 +8,14 @@ Writes runs.csv and curves.csv into the workdir, for ``python -m lm.fit --runs=W
 With --backend=inline on many hosts, the same command on each (see lm.train), a run has all of them.
 """
 
+import ast
 import contextlib
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -21,6 +25,7 @@ from lm.command import DONE, FAILED, PREEMPTED, BadInput
 from lm.config_file import config_from_flags, define_config_flag
 from lm.sweep import grid
 from lm.sweep.backends import Inline, Processes, available_cores, follow
+from lm.sweep.cluster import Ray, Slurm
 from lm.sweep.display import Display, accounting_line, budgets_table, clock, summary
 from lm.sweep.launch import Study, account, cannot_start, launch, refuse_more_workers
 from lm.sweep.store import Store
@@ -32,11 +37,25 @@ flags.DEFINE_string("workdir", None, "The study's folder.", flag_values=FLAGS)
 flags.DEFINE_enum(
     "backend",
     "inline",
-    ["inline", "processes"],
-    "inline: one run at a time on all devices; processes: workers, each with a share of the cores.",
+    ["inline", "processes", "ray", "slurm"],
+    "inline: one run at a time on all devices; processes: workers, each with a share of the cores;"
+    " ray, slurm: workers on a cluster whose machines all see the workdir and the data.",
     flag_values=FLAGS,
 )
-flags.DEFINE_integer("workers", 0, "Of --backend=processes (0: one a core).", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "workers",
+    0,
+    "How many (0: one a core with --backend=processes, all there is room for with ray).",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("cpus", 1, "Cores of a run on a cluster.", flag_values=FLAGS)
+flags.DEFINE_integer("gpus", 0, "Accelerators of a run on a cluster.", flag_values=FLAGS)
+flags.DEFINE_multi_string(
+    "engine_option",
+    [],
+    "More for ray.remote or submitit, as --engine_option=resources={'TPU':4}, =partition=long.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_bool("retry", False, "Try the runs again that were set aside.", flag_values=FLAGS)
 flags.DEFINE_bool("status", False, "Show how the study stands, and end.", flag_values=FLAGS)
 
@@ -57,37 +76,62 @@ def _sweep() -> int | None:
         return _show_status(Study(store.config(), store), console)
     config = config_from_flags(FLAGS)
     grid.plan(config, {})
-    workers = refuse_more_workers(FLAGS.workers, available_cores())
+    engine = _engine()
 
     # Once, before workers race for it; and what is wrong with the data is said before a run starts.
     from lm.data import open_dataset
 
     check_vocabulary(config, open_dataset(config.data).vocab_size)
     store.claim(config)
-    backend = Inline()
-    if FLAGS.backend == "processes":
-        backend = Processes(workers, store.workdir / "workers.log")
-    return run(Study(config, store, started=started), backend, console, FLAGS.retry)
+    return run(Study(config, store, started=started), engine(store.workdir), console, FLAGS.retry)
+
+
+def _engine() -> Callable[[Path], Any]:
+    """What makes the backend for a workdir. Raises ``BadInput`` where it could not."""
+    if FLAGS.backend in ("inline", "processes"):
+        workers = refuse_more_workers(FLAGS.workers, available_cores())
+        if FLAGS.backend == "inline":
+            return lambda workdir: Inline()
+        return lambda workdir: Processes(workers, workdir / "workers.log")
+    options = {}
+    for option in FLAGS.engine_option:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise BadInput(f"--engine_option={option}: must be written NAME=VALUE")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[name] = value
+    engine = {"ray": Ray, "slurm": Slurm}[FLAGS.backend]
+    return engine(FLAGS.workers, FLAGS.cpus, FLAGS.gpus, options).start
 
 
 def run(study: Study, backend, console: Console, retry: bool = False) -> int:
     """Launches the study, prints how it went, returns the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupted = False
     try:
         with Display(console) as display:
             launch(study, backend, display, ("failed", *(["set aside"] if retry else [])))
     except KeyboardInterrupt:
+        interrupted = True
+    for line in sorted(backend.trouble):
+        console.print(line, markup=False)
+    if interrupted:
         console.print(f"interrupted: {summary(study)}; the same command goes on", markup=False)
         return PREEMPTED
-    wall_seconds = time.monotonic() - study.started
     console.print(budgets_table(study))
-    console.print(accounting_line(account(study, backend.workers, wall_seconds)), markup=False)
+    if study.trained or study.done_at_start == set(study.store.losses()):
+        wall_seconds = time.monotonic() - study.started
+        accounted = account(study, backend.workers, wall_seconds)
+        console.print(accounting_line(accounted), markup=False)
     console.print(f"{summary(study)}; {study.store.workdir / 'runs.csv'}", markup=False)
     _show_failed(study, console)
-    if study.failed and (waiting := cannot_start(study)):
+    if waiting := cannot_start(study):
         told = ", ".join(f"{flops:.3g}" for flops in waiting)
-        console.print(f"runs at {told} FLOPs wait for these; the same command tries again")
-    return FAILED if study.failed else DONE
+        are = "wait for these; the same command tries again" if study.failed else "are left"
+        console.print(f"runs at {told} FLOPs {are}")
+    return FAILED if study.failed or waiting else DONE
 
 
 def _show_status(study: Study, console: Console) -> int:

@@ -1,7 +1,9 @@
 """Where runs are trained: in this process, or in worker processes that share the machine's cores.
 
 A backend takes jobs while ``free`` is above 0 and tells events (dicts with ``kind`` and
-``run_id``): "progress", and as the last of a job "done", "failed" or "died".
+``run_id``): "progress", and as the last of a job "done", "failed", "died" or "interrupted".
+``alive`` counts workers elsewhere, which find their runs by themselves (``lm.sweep.cluster``), and
+``trouble`` tells the user of them at the end.
 """
 
 import json
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lm import hosts
+from lm.command import PREEMPTED
 from lm.sweep.worker import TRAINER, Runner
 
 LINES_OF_LOG = 10  # that are kept of a worker that died
@@ -25,7 +28,7 @@ Tell = Callable[[dict[str, Any]], None]
 class Inline:
     """One run after another in this process, on all devices; those of ``follow``ers too."""
 
-    workers = 1
+    workers, alive, trouble = 1, 0, ()
 
     def __init__(self, trainer: str = TRAINER):
         self._trainer = trainer
@@ -72,6 +75,8 @@ class Processes:
       log: the file for what workers print outside a run.
     """
 
+    alive, trouble = 0, ()
+
     def __init__(self, workers: int, log: Path, trainer: str = TRAINER):
         self.workers, self._log, self._trainer = workers, log, trainer
         cores = sorted(_cores())
@@ -100,7 +105,7 @@ class Processes:
         if event is None:
             self._workers[self._workers.index(worker)] = None
             if worker.job:
-                tell({"kind": "died", "run_id": worker.job["run_id"], **worker.last_words()})
+                tell({"run_id": worker.job["run_id"], **worker.last_words()})
         elif event["kind"] != "ready":
             event["run_id"] = worker.job["run_id"]
             if event["kind"] != "progress":
@@ -124,6 +129,8 @@ class _Worker:
         self.job: dict | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
+        paths = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")  # an engine's task
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # is anywhere
         command = [sys.executable, "-m", "lm.sweep.worker", ",".join(map(str, cores)), trainer]
         with log.open("a") as errors:
             self.process = subprocess.Popen(
@@ -155,13 +162,15 @@ class _Worker:
     def last_words(self) -> dict[str, Any]:
         """How the process ended, with the last line of its log, and the log's tail."""
         code = self.process.wait()
+        # Whoever says SIGTERM wants the machine; a run kills its worker in other ways.
+        kind = "interrupted" if code in (-signal.SIGTERM, PREEMPTED) else "died"
         reason = f"its worker ended by {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
         for log in (Path(self.job["folder"]) / "log.txt", self._outside_log):
             lines = log.read_text(errors="replace").split("\n") if log.exists() else []
             said = [line.rstrip() for line in lines if line.strip()][-LINES_OF_LOG:]
             if said:
-                return {"reason": f"{reason}: {said[-1].strip()}", "log_tail": said}
-        return {"reason": reason}
+                return {"kind": kind, "reason": f"{reason}: {said[-1].strip()}", "log_tail": said}
+        return {"kind": kind, "reason": reason}
 
 
 def available_cores() -> int:

@@ -1,7 +1,6 @@
 """The loop between plan and backend: starts what is ready, hears what ends, writes the tables."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,6 +111,16 @@ def launch(
         study.states[run_id] = leases.state(run_id)
     looked = time.monotonic()
 
+    def look() -> None:
+        nonlocal looked
+        known = set(store.losses())
+        study.refresh()
+        looked = time.monotonic()
+        for row in store.rows():
+            if row["run_id"] not in known:
+                said = "diverged" if row["status"] == "diverged" else f"loss {row['loss']:.4f}"
+                show(study, f"{row['run_id']}: {said}, {row['wall_seconds']:.0f} s")
+
     def tell(event: dict) -> None:
         run_id, kind = event["run_id"], event["kind"]
         if kind == "progress":
@@ -122,11 +131,8 @@ def launch(
         study.states[run_id] = leases.state(run_id)
         if kind == "done":
             study.trained.add(run_id)
-            study.refresh()
+            look()
             store.write_tables()
-            loss = store.losses()[run_id]
-            said = "diverged" if math.isnan(loss) else f"loss {loss:.4f}"
-            show(study, f"{run_id}: {said}, {event['seconds']:.0f} s")
         elif study.states[run_id] == "waiting":
             show(study, f"{run_id}: {event['reason']}; trying again")
         else:
@@ -142,16 +148,18 @@ def launch(
                         backend.submit(_job(store, run))
                     study.states[run.run_id] = leases.state(run.run_id)
                 elsewhere = set(study.where("running")) - set(study.running)
+                elsewhere = elsewhere or ready(study) and backend.alive
                 if study.running:
                     backend.wait(tell)
-                    show(study, "")
-                elif elsewhere:  # whoever trains them may die
+                elif elsewhere:  # whoever trains there may die
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                 else:
+                    look()
                     break
-                if backend.free and elsewhere and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
-                    study.refresh()
-                    looked = time.monotonic()
+                show(study, "")
+                idle = backend.free or not study.running
+                if elsewhere and idle and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
+                    look()
         finally:
             backend.close()
             store.write_tables()

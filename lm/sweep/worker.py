@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -44,7 +45,7 @@ class Runner:
         Tells "progress" now and then, and at the end "done" or "failed" (the traceback is then in
         the run's ``log.txt``).
         """
-        started = told = time.monotonic()
+        told = time.monotonic()
 
         def progress(at) -> None:
             nonlocal told
@@ -68,13 +69,14 @@ class Runner:
             with (Path(job["folder"]) / "log.txt").open("a") as log:
                 traceback.print_exc(file=log)
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            tell("failed", reason=reason, seconds=time.monotonic() - started)
+            tell("failed", reason=reason)
         else:
-            tell("done", seconds=time.monotonic() - started)
+            tell("done")
 
 
 def main(cores: str, trainer: str) -> None:
     """Serves standard input until it ends."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # SLURM's to all processes, for the launcher
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, map(int, cores.split(",")))
     answers = os.fdopen(os.dup(1), "w", buffering=1)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,16 @@ def law(params: float, tokens: float) -> float:
 
 
 def train(config: Config, workdir, *, programs, dataset, progress, start_from) -> dict:
-    """Fails once, kills its process once, or diverges, where a file beside ``runs`` says so."""
+    """Fails once, kills its process once, or diverges, where a file beside ``runs`` says so.
+
+    ``pause`` there holds the seconds that every run takes, ``devices`` gets what each may use.
+    """
     workdir = Path(workdir)
     orders = workdir.parents[1]
+    with (orders / "devices").open("a") as log:
+        log.write(f"{config.name} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+    if (orders / "pause").exists():
+        time.sleep(float((orders / "pause").read_text()))
     for order, obey in (("fail", _fail), ("kill", _kill), ("interrupt", _interrupt)):
         for path in orders.glob(f"{order}-{config.name}*"):
             path.unlink()

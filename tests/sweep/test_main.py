@@ -61,6 +61,12 @@ def call(capsys, *arguments):
         (["--workdir={w}", "--status"], "no study here"),
         (["--workdir={w}", "--config={c}", "--backend=rey"], "--backend"),
         (["--workdir={w}", "--config={c}", "--workers=1000"], "--workers=1000: must be at most"),
+        (["--workdir={w}", "--config={c}", "--backend=slurm"], "say how many jobs"),
+        (["--workdir={w}", "--config={c}", "--backend=ray", "--cpus=0"], "--cpus=0"),
+        (
+            ["--workdir={w}", "--config={c}", "--backend=slurm", "--engine_option=partition"],
+            "must be written NAME=VALUE",
+        ),
         (["--workdir={w}", "--config={c}", "--config.sweep.sizes=9"], "only 3 shapes"),
         (["--workdir={w}", "--config={c}", "--config.sweep.budgets=()"], "at least one budget"),
         (["--workdir={w}", "--config={c}", "--config.data.files=nowhere/*.txt"], "nowhere"),
@@ -141,12 +147,12 @@ def test_the_live_picture(tmp_path):
     assert f"{under_way}  step 5/10  loss 3.210" in seen
 
 
-def test_seconds_left_are_by_the_flops_of_this_call(tmp_path):
+def test_seconds_left_are_by_the_flops_of_this_call(tmp_path, monkeypatch):
     study, _, _, under_way = begun_study(tmp_path)
     study.done_at_start = set(study.store.losses())
     assert study.seconds_left() is None
     study.running = {under_way: {"flops": 1e9}}
-    study.started -= 10
+    monkeypatch.setattr(launch.time, "monotonic", lambda: study.started + 10)
     assert study.seconds_left() == pytest.approx(10 * 42, rel=0.01)
 
 
