@@ -1,8 +1,8 @@
 """Bytes of one device in training, from the config alone: what lives at the step's peak. No jax.
 
-Activations follow Korthikanti et al. 2022 ("Reducing activation recomputation in large transformer
-models", eq. 1, 2 and 4), who count what each product and norm keeps for its backward pass; here
-for this decoder's layers, without dropout's masks, with grouped queries and a gate.
+Activations are counted as Korthikanti et al. 2022 do ("Reducing activation recomputation in large
+transformer models", eq. 1 and 2): by what each product and norm keeps for its backward pass. Here
+for this decoder, without dropout's masks, and with what jax's autodiff keeps, which is more.
 """
 
 import math
@@ -61,17 +61,19 @@ def device_memory(
     chunk = min(1.0, (train.loss_chunk or data.seq_len) / data.seq_len)
     logits = (FLOAT32 + width) * tokens * chunk * model.vocab_size / sizes["model"]
     at_loss = summed + width * head, logits + width * head * (mesh.zero >= 3)
-    # At the first layer: what one would keep without rematerialisation, and as much of gradients;
-    # scores are float32 there. Under ZeRO 3 one layer's weights are in use and one's on their way.
+    # At a layer: what one keeps without rematerialisation, and its scores in float32. Under ZeRO 3
+    # one layer's weights are in use and the next one's on their way.
     of_scores = 2 * FLOAT32 * scores * model.n_heads / sizes["model"]
     at_layer = (
         summed + FLOAT32 * (split if mesh.zero >= 1 else whole),
-        tokens * (2 * kept["none"] + of_scores) + 2 * width * a_layer * (mesh.zero >= 3),
+        tokens * (kept["none"] + of_scores) + 2 * width * a_layer * (mesh.zero >= 3),
     )
+    # Without rematerialisation a layer keeps its weights as cast, which ZeRO 3 gathers again.
+    casts = model.remat == "none" and mesh.zero < 3 and width < FLOAT32
     return Memory(
         FLOAT32 * (split if mesh.zero >= 3 else whole),
         2 * FLOAT32 * (split if mesh.zero >= 1 else whole),
-        tokens * layers * kept[model.remat] * in_flight,
+        layers * (tokens * kept[model.remat] * in_flight + width * a_layer * casts),
         *max(at_loss, at_layer, key=sum),
     )
 
@@ -95,23 +97,28 @@ def kept_bytes(
     `scores`: keys a query, where an unfused attention keeps its scores.
     """
     n = sizes["model"]
+    width = compute_width(model)
     stream = model.d_model / (n if sequence_sharded else 1)  # the residual, between sublayers
     queries = model.n_heads * model.head_width / n
-    keys_values = 2 * model.n_kv_heads * model.head_width / (1 if model.n_kv_heads % n else n)
+    keys_values = 2 * model.n_kv_heads * model.head_width
+    keys_values /= 1 if model.n_kv_heads % n else n
     scores = scores * model.n_heads / n
-    projected = _feed_forward_width(model) * (2 if model.feed_forward in GATED else 1) / n
     hidden = _feed_forward_width(model) / n
-    normed = model.d_model  # what a sublayer reads
-    dots = queries + keys_values + projected + 2 * model.d_model  # and two sublayers' outputs
-    values = {
-        "none": 2 * stream + 2 * normed + 2 * queries + keys_values + scores + projected + hidden,
-        "full": stream,
-        # The float32 scores and the attention's output are products with batch axes.
-        "dots": stream + dots + queries + 2 * scores,
-        "dots_with_no_batch_dims": stream + dots,
-        "offload": stream,
+    gated = model.feed_forward in GATED
+    dots = queries + keys_values + (2 if gated else 1) * hidden
+    outputs = 2 * model.d_model  # of the two sublayers
+    # Autodiff's own: of a norm three float32 arrays and what the sublayer reads; of attention its
+    # output twice, as the kernel and as the product has it; of a gate's SiLU three arrays.
+    norms = 2 * (3 * FLOAT32 * stream + width * model.d_model)
+    hiddens = (6 if gated else 3) * hidden
+    return {
+        "none": norms + width * (3 * queries + keys_values + scores + hiddens),
+        "full": width * stream,
+        # With the products that have batch axes: the float32 scores, and attention's output.
+        "dots": width * (stream + dots + outputs + queries) + FLOAT32 * scores,
+        "dots_with_no_batch_dims": width * (stream + dots + outputs),
+        "offload": width * stream,
     }
-    return {policy: compute_width(model) * n for policy, n in values.items()}
 
 
 def _feed_forward_width(model: ModelConfig) -> float:

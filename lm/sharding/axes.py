@@ -197,11 +197,12 @@ def here(*logical: str | None) -> NamedSharding | None:
 
 
 def platform() -> str:
-    """What is being traced runs on: cpu, gpu or tpu. An abstract mesh has the default one."""
+    """What is being traced runs on: cpu, gpu or tpu. An abstract mesh stands for a TPU's."""
     placement = _placement.get()
-    if placement is None or not isinstance(placement[0], Mesh):
+    if placement is None:
         return jax.default_backend()
-    return placement[0].devices.flat[0].platform
+    mesh = placement[0]
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "tpu"
 
 
 def stores_parts() -> bool:

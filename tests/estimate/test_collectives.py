@@ -17,7 +17,7 @@ def mesh():
     return Mesh(devices, tuple(SIZES), axis_types=(AxisType.Auto,) * 2)
 
 
-def compiled_text(mesh, function, out=PartitionSpec(), *shapes_and_specs):
+def compiled_text(mesh, function, out, *shapes_and_specs):
     given = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         for shape, spec in shapes_and_specs
