@@ -79,10 +79,11 @@ def train(
     done = hosts.agree(lambda: claim(workdir, config, force))
     if done is not None:
         return done
-    if config.train.checkpoint_every >= 0:
-        check_shared(workdir)
-    run = _Run(config, recipe, workdir, dataset, programs[key], progress)
-    return run.to_the_end(start_from)
+    with hosts.ending_all():
+        if config.train.checkpoint_every >= 0:
+            check_shared(workdir)
+        run = _Run(config, recipe, workdir, dataset, programs[key], progress)
+        return run.to_the_end(start_from)
 
 
 class _Run:
@@ -104,13 +105,13 @@ class _Run:
             if self.config.train.checkpoint_every >= 0:
                 self.checkpoints = Checkpoints(self.workdir, self.recipe.branch_step)
                 stack.callback(self.checkpoints.close)
+            # Before this process waits for the others, as closing does.
+            stack.enter_context(hosts.ending_all())
             self._start_clock()
             state, step = self._first_state(start_from)
             if hosts.is_first():
                 self.log = MetricsLog(self.workdir, step, self.config.train.tensorboard)
                 stack.callback(self.log.close)
-            # Before the checkpoints are closed: that waits for the others.
-            stack.enter_context(hosts.ending_all())
             status, step = self._steps(state, step)
         self._read_clock()
         result = self._result(status, step)
