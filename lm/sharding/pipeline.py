@@ -30,7 +30,7 @@ def check_pipeline(config: Config, n_stages: int) -> None:
     model, rounds, n_micro = config.model, config.mesh.rounds, config.train.accumulation
     if n_stages == 1:
         if rounds > 1:
-            raise BadInput(f"mesh.rounds = {rounds} with mesh.stage = 1: a pipeline goes round")
+            raise BadInput(f"mesh.rounds = {rounds} with mesh.stage = 1: must be 1, or more stages")
         return
     if not model.scan_layers:
         raise BadInput(

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lm.sharding.pipeline import assignment, bubble_share, n_iterations, pipelined
+from lm.command import BadInput
+from lm.config import Config, replace
+from lm.sharding.pipeline import (
+    assignment,
+    bubble_share,
+    check_pipeline,
+    n_iterations,
+    pipelined,
+)
 
 SCHEDULES = [(2, 2, 1), (4, 4, 1), (8, 4, 1), (12, 4, 1), (4, 4, 2), (12, 4, 3), (6, 3, 4)]
 
@@ -151,3 +159,23 @@ def test_one_pass_is_one_loop_of_the_counted_length():
 def test_what_does_not_divide_is_refused(m, n_layers, v):
     with pytest.raises(ValueError, match=f"{m} micro-batches, {n_layers} layers: 4 stages"):
         pipelined(layers, *given(m, n_layers), 4, v)
+
+
+@pytest.mark.parametrize(
+    "n_stages, changes, line",
+    [
+        (1, dict(mesh={"rounds": 2}), "mesh.rounds = 2 with mesh.stage = 1: must be 1, or more"),
+        (2, dict(model={"scan_layers": False}), "model.scan_layers = False with mesh.stage = 2"),
+        (8, {}, "scanned layers = 6 over mesh.stage x mesh.rounds = 8: must be a multiple, as 8"),
+        (3, dict(mesh={"rounds": 4}), "layers = 6 over mesh.stage x mesh.rounds = 12: .* as 12"),
+        (3, dict(train={"accumulation": 4}), "train.accumulation = 4 over mesh.stage = 3: .* as 6"),
+        (2, dict(model={"moe": {"n_experts": 2, "every": 2}}), "scanned layers = 3 over .* as 4"),
+    ],
+)
+def test_what_no_pipeline_can_hold_is_told_with_what_would(n_stages, changes, line):
+    config = replace(
+        Config(), model={"n_layers": 6, "scan_layers": True}, train={"accumulation": 6}
+    )
+    check_pipeline(config, 3)
+    with pytest.raises(BadInput, match=line):
+        check_pipeline(replace(config, **changes), n_stages)
