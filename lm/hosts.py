@@ -154,10 +154,9 @@ def joined() -> Iterator[None]:
     with ending_all():
         import jax
 
-        # A process of a run that is pre-empted ends as an interrupted one. jax would wait for it
-        # to ask whether a signal came.
+        # A pre-empted process ends as an interrupted one; jax would keep the signal to itself.
         jax.config.update("jax_enable_preemption_service", False)
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         jax.distributed.initialize(
             f"{found.host}:{agree(_free_port)}",
             found.n,
@@ -186,13 +185,16 @@ def is_first() -> bool:
 def agree(decide: Callable[[], Any]) -> Any:
     """What ``decide`` returns (or raises as ``BadInput``) in process 0, in every process.
 
-    All call it, in one order; the value must be one that JSON holds.
+    All call it, in one order, and wait for all; the value must be one that JSON holds.
     """
     if _link is None:
         return decide()
     if _link.index:
+        _link.say({"here": _link.index})
         word = _link.words.get()["agreed"]
     else:
+        for _ in range(1, _link.n):
+            _link.words.get()
         with ending_all():
             try:
                 word = {"value": decide()}

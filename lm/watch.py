@@ -5,12 +5,13 @@ outlives its parent, whatever that dies of (a signal, memory, an abort within a 
 enough to tell. The watches are a star around process 0's; parents and watches exchange words, a
 line of JSON each. ``lm.hosts`` is the parent's side.
 
-    hello    a watch to another    who it is, and of how many
-    ready    a watch to all        all processes are there
-    agreed   process 0 to all      a value that all go on with
-    failed   a parent to all       its exit code and reason: all shall end
-    left     a parent to all       it has done its part
-    end      a watch to its parent  exit with this code: the reason is on standard error
+    hello    a watch to another      who it is, and of how many
+    ready    a watch to all          all processes are there
+    here     a parent to process 0   it waits for all others
+    agreed   process 0 to all        a value that all go on with
+    failed   a parent to all         its exit code and reason: all shall end
+    left     a parent to all         it has done its part
+    end      a watch to its parent   exit with this code: the reason is on standard error
 """
 
 import asyncio
@@ -111,7 +112,7 @@ class Watch:
             elif "left" in word:
                 self.left.add(index)
                 del self.others[index]
-            elif "ready" in word or "agreed" in word:
+            elif word.keys() & {"ready", "here", "agreed"}:
                 self.to_parent(word)
                 self.ready.set()
 

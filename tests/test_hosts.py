@@ -283,11 +283,10 @@ def test_a_killed_process_is_named_and_the_next_pair_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_process_ends_all_for_a_retry(launch, tmp_path, number):
+def test_a_preempted_process_ends_all_for_a_retry(launch, tmp_path):
     pair = launch(2, **LONGER)
     pair.until(tmp_path / "run" / "checkpoints" / "10")
-    pair.started[1].send_signal(number)
+    pair.started[1].terminate()
     codes, logs = pair.wait()
     assert codes == [PREEMPTED] * 2
     assert "the same command goes on" in logs[1]

@@ -126,6 +126,14 @@ def test_what_process_0_says_all_others_hear_in_order(three):
         assert [heard(process)["agreed"] for _ in values] == values
 
 
+def test_who_waits_is_told_to_process_0_alone(three):
+    for process, index in ((three[2], 2), (three[1], 1)):
+        say(process, here=index)
+        assert heard(three[0]) == {"here": index}
+    say(three[0], agreed=None)
+    assert [heard(process) for process in three[1:]] == [{"agreed": None}] * 2
+
+
 def test_ready_is_the_first_word(start):
     first, second = start(0, 2), start(1, 2)
     assert heard(first) == {"ready": True}

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from lm import hosts
 from lm.config import Config
 from lm.data import Batch
 from lm.model import Decoder, choose_kernel, head_cross_entropy
@@ -108,6 +109,7 @@ class Program:
                 with jax.set_mesh(self.mesh), placed(self.mesh, self.layout):
                     executables[signature] = jitted.lower(*args).compile()
                 self.compile_seconds += time.perf_counter() - started
+                hosts.agree(lambda: None)  # gloo gives up on a process that compiles for longer
             return executables[signature](*args)
 
         return call
