@@ -105,7 +105,7 @@ def get_config(size="70b"):
     config.train.steps_per_dispatch = 1
     config.train.evaluate_every = 1_000
     config.train.checkpoint_every = 1_000
-    config.mesh.model = 8 if size == "70b" else 1
+    config.mesh.zero = 3
     return config
 
 

@@ -48,5 +48,8 @@ def get_config():
     config.train.steps_per_dispatch = 1
     config.train.evaluate_every = 1_000
     config.train.checkpoint_every = 1_000
+    config.train.accumulation = 8
     config.mesh.model = 8
+    config.mesh.sequence_sharded = True
+    config.mesh.zero = 3
     return config

@@ -6,23 +6,27 @@
 Stored parameters 8.03e9, 70.55e9, 405.85e9; N (blocks and head) 7.50e9, 69.50e9, 403.75e9; exact
 training FLOPs 8.69e23, 7.22e24, 4.10e25 for 15e12, 15e12 and 15.6e12 tokens at 8,192 a sequence.
 (By ``lm.arithmetic``; the paper prints 3.8e25 for the largest, which is 6ND. Not trained here.)
+The meshes are for v5p:4x4x4, v5p:8x8x8 and v5p:8x16x16 (``lm.estimate``, experiments/tpu_fit).
 """
 
 from configs import base
 from lm.command import one_of
 
-# Table 3: d_model, layers, heads, d_ff, peak learning rate; and tokens.
+# Table 3: d_model, layers, heads, d_ff, peak learning rate; and tokens. Then our own: devices along
+# the model axis, micro-batches, what a layer keeps for its backward pass.
 SIZES = {
-    "8b": (4_096, 32, 32, 14_336, 3e-4, 15e12),
-    "70b": (8_192, 80, 64, 28_672, 1.5e-4, 15e12),
-    "405b": (16_384, 126, 128, 53_248, 8e-5, 15.6e12),
+    "8b": (4_096, 32, 32, 14_336, 3e-4, 15e12, 1, 16, "dots_with_no_batch_dims"),
+    "70b": (8_192, 80, 64, 28_672, 1.5e-4, 15e12, 2, 8, "dots_with_no_batch_dims"),
+    "405b": (16_384, 126, 128, 53_248, 8e-5, 15.6e12, 2, 2, "full"),
 }
 
 
 def get_config(size="8b"):
     """The 405B's recipe for all sizes, at its final batch of 16M tokens."""
     one_of("configs/llama3.py: the size", size, list(SIZES))
-    d_model, n_layers, n_heads, d_ff, learning_rate, tokens = SIZES[size]
+    d_model, n_layers, n_heads, d_ff, learning_rate, tokens, tensor, micro_batches, kept = SIZES[
+        size
+    ]
 
     config = base.get_config()
     config.name = f"llama3_{size}"
@@ -34,7 +38,7 @@ def get_config(size="8b"):
     config.model.d_ff = d_ff
     config.model.rope_base = 500_000.0
     config.model.scan_layers = True
-    config.model.remat = "full"
+    config.model.remat = kept
     config.model.dtype = "bfloat16"
 
     config.data.corpus = "c4/en"  # Meta's own corpus is not public
@@ -54,5 +58,9 @@ def get_config(size="8b"):
     config.train.steps_per_dispatch = 1
     config.train.evaluate_every = 1_000
     config.train.checkpoint_every = 1_000
-    config.mesh.model = 8  # as many as key/value heads
+    config.train.accumulation = micro_batches
+    config.train.loss_chunk = 1_024
+    config.mesh.zero = 3
+    config.mesh.model = tensor
+    config.mesh.sequence_sharded = tensor > 1
     return config

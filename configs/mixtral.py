@@ -62,4 +62,6 @@ def get_config(size="8x7b"):
     config.train.evaluate_every = 1_000
     config.train.checkpoint_every = 1_000
     config.mesh.model = 8  # an expert a device
+    config.mesh.sequence_sharded = True
+    config.mesh.zero = 3
     return config

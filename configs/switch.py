@@ -62,5 +62,7 @@ def get_config(size="base"):
     config.train.steps_per_dispatch = 1
     config.train.evaluate_every = 1_000
     config.train.checkpoint_every = 1_000
+    config.train.loss_chunk = 128
+    config.mesh.zero = 1
     config.mesh.experts = "data"  # an all-to-all each way
     return config

@@ -40,7 +40,7 @@ for name, default, meaning in (
 
 
 def main() -> int:
-    config = _largest_run(config_from_flags(FLAGS))
+    config = largest_run(config_from_flags(FLAGS))
     on = topology(FLAGS.topology) if FLAGS.topology else None
     if FLAGS.search and on is None:
         raise BadInput("--search needs --topology, as --topology=v5e:16x16")
@@ -58,7 +58,7 @@ def main() -> int:
     return command.DONE
 
 
-def _largest_run(config: Config) -> Config:
+def largest_run(config: Config) -> Config:
     """A study's run with the most parameters: its top budget's, by its prior; else itself."""
     sweep = config.sweep
     if not sweep.budgets:

@@ -1,0 +1,85 @@
+"""Every shipped config's real step, lowered for its intended slice without devices or libtpu."""
+
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from lm.config import MESH_AXES
+from lm.config_file import load
+from lm.estimate.__main__ import largest_run
+from lm.estimate.memory import device_memory, fuses_attention
+from lm.hardware import topology
+from lm.sharding import axis_sizes
+from lm.train.recipe import resolve
+from lm.train.step import Program
+
+ROOT = Path(__file__).parents[2]
+INTENDED = {
+    "configs/base.py": None,  # one device
+    "configs/tiny.py": None,
+    "configs/isoflop_cpu.py:quick": None,
+    "configs/isoflop_tpu.py": "v5e:2x4",
+    "configs/chinchilla.py": "v5p:4x8x8",
+    "configs/chinchilla.py:44m": "v5e:2x4",
+    "configs/chinchilla.py:16183m": "v5e:16x16",
+    "configs/llama3.py:8b": "v5p:4x4x4",
+    "configs/llama3.py:70b": "v5p:8x8x8",
+    "configs/llama3.py:405b": "v5p:8x16x16",
+    "configs/mixtral.py:tiny": None,
+    "configs/mixtral.py:8x7b": "v5p:4x4x8",
+    "configs/mixtral.py:8x22b": "v5p:8x8x8",
+    "configs/deepseek_moe.py": "v5p:4x4x4",
+    "configs/switch.py:base": "v5e:4x4",
+    "configs/switch.py:large": "v5e:8x8",
+}
+
+
+def test_every_config_has_an_intended_slice():
+    shipped = {f"configs/{path.name}" for path in ROOT.glob("configs/[!_]*.py")}
+    assert shipped == {spec.partition(":")[0] for spec in INTENDED}
+
+
+@pytest.fixture(params=INTENDED)
+def placed(request, monkeypatch):
+    """A config, its slice or None, its mesh axes' sizes and rows a step."""
+    monkeypatch.chdir(ROOT)
+    config = largest_run(load(request.param))
+    on = INTENDED[request.param] and topology(INTENDED[request.param])
+    sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, on.n_chips if on else 1), strict=True))
+    return config, on, sizes, resolve(config, sizes["replica"] * sizes["data"]).sequences
+
+
+def device_bytes(tree, shardings):
+    return sum(
+        math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    )
+
+
+def test_lowers_and_gives_each_device_the_bytes_that_arithmetic_expects(placed):
+    config, on, sizes, sequences = placed
+    mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    program = Program(config, mesh)
+    assert "stablehlo.while" in program.lower_train(sequences).as_text()
+    expected = device_memory(config, sizes, sequences)
+    state, shardings = program.abstract_state, program.state_sharding
+    assert device_bytes(state.params, shardings.params) == pytest.approx(expected.parameters)
+    # And a count of steps.
+    moments = device_bytes(state.moments, shardings.moments)
+    assert moments == pytest.approx(expected.moments + 4)
+    if config.mesh.zero == 3 and config.mesh.experts == "model":
+        whole = sum(x.size * 4 for x in jax.tree.leaves(state.params))
+        shares = sizes["data"] * sizes["model"]
+        assert expected.parameters == pytest.approx(whole / shares, rel=0.02)
+
+
+def test_fits_its_slice_by_arithmetic_and_lies_on_its_torus(placed):
+    config, on, sizes, sequences = placed
+    if on is None:
+        return
+    memory = device_memory(config, sizes, sequences, fuses_attention(config, sizes))
+    assert memory.total < on.chip.hbm_bytes
+    assert on.bandwidths(sizes) is not None
