@@ -328,6 +328,37 @@ def test_scanned_and_rematerialised_layers_are_the_unrolled_ones():
         )
 
 
+def test_each_policy_keeps_less_than_the_one_before():
+    """What waits for the backward pass, in bytes: of attention's own products too."""
+    kept, traces = {}, {}
+    for remat in ("none", "dots", "dots_with_no_batch_dims", "offload", "full"):
+        config = dataclasses.replace(BASE, remat=remat, scan_layers=True)
+        params = stacked(weights(BASE))
+
+        def loss(params, config=config):
+            return jnp.sum(apply(config, params, INPUTS_BT) ** 2)
+
+        # The function that jax.vjp returns is a pytree, of what it needs.
+        waiting = jax.tree.leaves(jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params))
+        kept[remat] = sum(x.size * x.dtype.itemsize for x in waiting)
+        found = {x.shape for x in waiting}
+        scores = (BASE.n_layers, len(INPUTS_BT), BASE.n_kv_heads, T * 2, T)  # two heads a group
+        assert (scores in found) == (remat in ("none", "dots"))
+        traces[remat] = str(jax.make_jaxpr(jax.grad(loss))(params))
+    same = kept.pop("offload")
+    assert list(kept.values()) == sorted(kept.values(), reverse=True) and len({*kept.values()}) == 4
+    assert same == kept["dots_with_no_batch_dims"]  # but in the host's memory
+    assert {remat for remat, text in traces.items() if "host" in text} == {"offload"}
+
+
+@pytest.mark.parametrize("remat", ["dots", "dots_with_no_batch_dims", "offload"])
+def test_what_is_kept_changes_no_gradient(remat):
+    _, expected = traced(BASE, weights(BASE))[0](weights(BASE))
+    step, _ = traced(dataclasses.replace(BASE, remat=remat), weights(BASE))
+    _, gradient = step(weights(BASE))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradient, expected)
+
+
 def test_bfloat16_computes_in_bfloat16_close_to_float32():
     config = dataclasses.replace(BASE, dtype="bfloat16")
     params = weights(BASE)
