@@ -24,20 +24,19 @@ RESULTS = Path(__file__).parent / "results"
 FLAGS = flags.FlagValues()
 flags.DEFINE_bool("published", False, "only the published runs", flag_values=FLAGS)
 
-_ZERO3 = ("mesh.zero=3", "train.loss_chunk=1024")
-_SEQUENCE = ("mesh.sequence_sharded=True", *_ZERO3)
-_DOTS = "model.remat=dots_with_no_batch_dims"
-_STUDY = ("mesh.zero=3", "train.loss_chunk=256")
+_FULL, _DOTS = "model.remat=full", "model.remat=dots_with_no_batch_dims"
+_ONE = ("mesh.model=1", "train.accumulation=1")
+_TWO = ("mesh.model=2", "train.accumulation=1")  # with the residual sharded, as the configs have it
 # Config, topology, rows of the batch (0: the config's), settings.
 CASES = (
-    ("configs/llama3.py:8b", "v5e:16x16", 768, ("mesh.model=1", *_ZERO3)),
-    ("configs/llama3.py:8b", "v5p:4x4x4", 128, ("mesh.model=1", _DOTS, *_ZERO3)),
-    ("configs/llama3.py:70b", "v5p:8x8x8", 256, ("mesh.model=2", _DOTS, *_SEQUENCE)),
-    ("configs/llama3.py:405b", "v5p:4x4x8", 64, ("mesh.model=2", *_SEQUENCE)),
-    ("configs/llama3.py:8b", "v6e:16x16", 1024, ("mesh.model=1", *_ZERO3)),
-    ("configs/llama3.py:8b", "v5e:4x4", 64, ("mesh.model=1", *_ZERO3)),
-    ("configs/isoflop_tpu.py", "v5e:2x4", 0, ("train.accumulation=2", *_STUDY)),
-    ("configs/isoflop_tpu.py", "v5p:4x8x8", 0, _STUDY),
+    ("configs/llama3.py:8b", "v5e:16x16", 768, (_FULL, *_ONE)),
+    ("configs/llama3.py:8b", "v5p:4x4x4", 128, (_DOTS, *_ONE)),
+    ("configs/llama3.py:70b", "v5p:8x8x8", 256, (_DOTS, *_TWO)),
+    ("configs/llama3.py:405b", "v5p:4x4x8", 64, (_FULL, *_TWO)),
+    ("configs/llama3.py:8b", "v6e:16x16", 1024, (_FULL, *_ONE)),
+    ("configs/llama3.py:8b", "v5e:4x4", 64, (_FULL, *_ONE)),
+    ("configs/isoflop_tpu.py", "v5e:2x4", 0, ("train.accumulation=1",)),
+    ("configs/isoflop_tpu.py", "v5p:4x8x8", 0, ("train.accumulation=1", "mesh.context=8")),
 )
 
 # MaxText's runs with their published settings: full rematerialisation, or nearly so (on v6e some
@@ -50,7 +49,7 @@ _BASE = ("model.feed_forward=gelu", "model.vocab_size=32000", "data.seq_len=2048
          "model.n_layers=64", "model.head_width=256", "mesh.zero=3")  # fmt: skip
 _64B = ("model.n_heads=64", "model.n_kv_heads=64", "model.d_ff=28672", "model.remat=full")
 _128B = ("model.n_heads=128", "model.n_kv_heads=128", "model.d_ff=57344", _DOTS)
-_LLAMA = ("mesh.zero=3", "mesh.model=1")
+_LLAMA = (_FULL, *_ONE, "train.loss_chunk=0", "mesh.sequence_sharded=False")
 _LLAMA2 = ("model.vocab_size=32000", "data.seq_len=4096")
 # Name, config, topology, rows, settings, tokens a second and chip or None, MFU.
 PUBLISHED = (
@@ -60,7 +59,7 @@ PUBLISHED = (
     ("Llama 3.1 8B", "configs/llama3.py:8b", "v6e:16x16", 1024, _LLAMA, 7207, 0.4546),
     ("Llama 3.1 70B", "configs/llama3.py:70b", "v6e:16x16", 1024, _LLAMA, 960, 0.5033),
     ("Llama 3.1 405B", "configs/llama3.py:405b", "2*v6e:16x16", 512,
-     ("mesh.zero=3", "mesh.model=4", "mesh.replica=2"), 123, 0.3855),
+     (*_LLAMA, "mesh.model=4", "mesh.replica=2"), 123, 0.3855),
 )  # fmt: skip
 
 
@@ -69,14 +68,23 @@ def main() -> int:
     if FLAGS.published:
         return command.DONE
     path = RESULTS / "fit.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    done = {(row["config"], row["topology"], row["settings"]) for row in rows}
-    for case in CASES:
-        spec, on, _, settings = case
-        if (spec, on, " ".join(settings)) not in done:
-            rows.append(compiled_row(*case))
-            write("fit.csv", rows)
+    old = {(row["config"], row["topology"], row["settings"]): row for row in _read(path)}
+    rows = []
+    for spec, slices, sequences, settings in CASES:  # the arithmetic anew, the compiler's once
+        known = old.get((spec, slices, " ".join(settings)))
+        compiled = known and {name: known[name] for name in COMPILED}
+        row = arithmetic_row(spec, slices, sequences, settings)
+        rows.append(row | (compiled or compiled_columns(spec, slices, sequences, settings)))
+        write("fit.csv", rows + [row for key, row in old.items() if key not in _keys(rows)])
     return command.DONE
+
+
+def _read(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def _keys(rows: list[dict]) -> set[tuple]:
+    return {(row["config"], row["topology"], row["settings"]) for row in rows}
 
 
 def sizes_of(config, on) -> dict[str, int]:
@@ -108,34 +116,48 @@ def share(chip: str) -> float:
     return math.exp(sum(math.log(row["share"]) for row in rows) / len(rows))
 
 
-def compiled_row(spec, slices, sequences, settings) -> dict:
-    """What `lm.estimate` says of one case, compiled."""
-    print(f"{spec} on {slices}: {' '.join(settings)}", flush=True)
-    arguments = [f"--config.{setting}" for setting in settings]
+def _estimate(spec, slices, sequences, settings, *more: str) -> dict:
+    arguments = [f"--config={spec}", f"--topology={slices}", "--json", "--attempts=0", *more]
+    arguments += [f"--config.{setting}" for setting in settings]
     arguments += [f"--sequences={sequences}"] if sequences else []
-    given = [sys.executable, "-m", "lm.estimate", f"--config={spec}", f"--topology={slices}"]
-    done = subprocess.run(
-        [*given, "--json", "--attempts=0", *arguments], stdout=subprocess.PIPE, check=True
-    )
-    found = json.loads(done.stdout)
+    given = [sys.executable, "-m", "lm.estimate", *arguments]
+    return json.loads(subprocess.run(given, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def arithmetic_row(spec, slices, sequences, settings) -> dict:
+    """What `lm.estimate` says of one case at once."""
+    found = _estimate(spec, slices, sequences, settings, "--nocompile")
     time = found["roofline"]
-    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1)
+    mesh = found["mesh"]
+    zero = mesh.pop("zero")
     return {
         "config": spec,
         "run": found["config"],
         "topology": slices,
         "settings": " ".join(settings),
-        "mesh": mesh,
+        "mesh": " x ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) + f", zero {zero}",
         "sequences": found["sequences"],
-        "estimated_gib": round(found["memory"]["total"] / GIB, 2),
-        "compiled_gib": round(found["peak_bytes_per_chip"] / GIB, 2),
-        "hbm_gib": round(found["hbm_bytes_per_chip"] / GIB, 2),
-        "fits": found["fits"],
-        "predicted_step_seconds": round(time["step_seconds"], 3),
+        "predicted_step_seconds": round(time["step_seconds"], 2),
+        "predicted_tokens_per_second_per_chip": round(time["tokens_per_second"] / found["chips"]),
         "predicted_mfu": round(time["mfu"], 3),
         "limit": time["limit"],
+        "hbm_gib": round(found["hbm_bytes_per_chip"] / GIB, 2),
+        "estimated_gib": round(found["memory"]["total"] / GIB, 2),
+    }
+
+
+COMPILED = ("compiled_gib", "fits", "collectives", "compile_seconds")
+
+
+def compiled_columns(spec, slices, sequences, settings) -> dict:
+    """What libtpu's compiler says of one case, after minutes."""
+    print(f"{spec} on {slices}: {' '.join(settings)}", flush=True)
+    found = _estimate(spec, slices, sequences, settings)
+    return {
+        "compiled_gib": round(found["peak_bytes_per_chip"] / GIB, 2),
+        "fits": found["fits"],
         "collectives": "; ".join(
-            f"{c['kind']} over {'+'.join(c['axes'])}: {c['sent_bytes'] / GIB:.1f} GiB"
+            f"{c['kind']} over {'+'.join(c['axes'])} {c['sent_bytes'] / GIB:.1f} GiB"
             for c in found["collectives"]
             if c["sent_bytes"] > 0.05 * GIB
         ),

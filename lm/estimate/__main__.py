@@ -74,26 +74,14 @@ def largest_run(config: Config) -> Config:
 def estimate(config: Config, on: Topology | None) -> dict:
     """What `--json` prints. Raises ``BadInput``."""
     from lm.estimate import search
-    from lm.estimate.memory import device_memory, fuses_attention
-    from lm.estimate.roofline import ASSUMPTIONS, roofline
-    from lm.sharding import axis_sizes
-    from lm.train.recipe import resolve
+    from lm.estimate.roofline import ASSUMPTIONS
 
-    mesh = config.mesh
-    if on is None:  # the fewest devices that the mesh allows, and a row for each
-        sizes = {axis: max(1, getattr(mesh, axis)) for axis in MESH_AXES}
-        sequences = sizes["replica"] * sizes["data"] * config.train.accumulation
-    else:
-        sizes = dict(zip(MESH_AXES, axis_sizes(mesh, on.n_chips), strict=True))
-        sequences = resolve(config, sizes["replica"] * sizes["data"]).sequences
-    sequences = FLAGS.sequences or sequences
     result = _counts(config)
-    result["mesh"] = sizes | {"zero": mesh.zero}
-    result["sequences"] = sequences
-    memory = device_memory(config, sizes, sequences, fuses_attention(config, sizes))
-    result["memory"] = memory._asdict() | {"total": memory.total}
     if on is None:
-        return result
+        # The fewest devices that the mesh allows, and a row for each.
+        sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in MESH_AXES}
+        rows = sizes["replica"] * sizes["data"] * config.train.accumulation
+        return result | _on_mesh(config, sizes, FLAGS.sequences or rows)
 
     compile = None
     if FLAGS.compile:
@@ -106,15 +94,41 @@ def estimate(config: Config, on: Topology | None) -> dict:
     result |= {"assumptions": ASSUMPTIONS}
     if FLAGS.search:
         found = search.best(config, on, compile, FLAGS.attempts)
-        return result | {"search": found and _candidate(*found)}
-    first = compile(config, sequences) if compile else None
-    time = roofline(config, on, sizes, sequences, fuses_attention(config, sizes))
-    result |= _verdict(first, memory.total, on) | {"roofline": time and _time(time)}
+        return result | {"search": found and _candidate(*found, on)}
+    return result | _as_it_is(config, on, compile)
+
+
+def _as_it_is(config: Config, on: Topology, compile) -> dict:
+    """What the config costs on the topology; where it does not fit, the nearest that does too."""
+    from lm.estimate import search
+    from lm.estimate.memory import fuses_attention
+    from lm.estimate.roofline import roofline
+    from lm.sharding import axis_sizes
+    from lm.train.recipe import resolve
+
+    sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, on.n_chips), strict=True))
+    rows = FLAGS.sequences or resolve(config, sizes["replica"] * sizes["data"]).sequences
+    result = _on_mesh(config, sizes, rows)
+    estimated = result["memory"]["total"]
+    compiled = compile(config, rows) if compile else None
+    time = roofline(config, on, sizes, rows, fuses_attention(config, sizes))
+    result |= _verdict(compiled, estimated, on) | {"roofline": time and _time(time)}
     if not result["fits"]:
-        ratio = first.peak_bytes / memory.total if first else 1.0
-        found = search.nearest(config, on, sequences, compile, ratio, FLAGS.attempts)
-        result["nearest"] = found and _candidate(*found)
+        ratio = compiled.peak_bytes / estimated if compiled else 1.0
+        found = search.nearest(config, on, rows, compile, ratio, FLAGS.attempts)
+        result["nearest"] = found and _candidate(*found, on)
     return result
+
+
+def _on_mesh(config: Config, sizes: dict[str, int], sequences: int) -> dict:
+    from lm.estimate.memory import device_memory, fuses_attention
+
+    memory = device_memory(config, sizes, sequences, fuses_attention(config, sizes))
+    return {
+        "mesh": sizes | {"zero": config.mesh.zero},
+        "sequences": sequences,
+        "memory": memory._asdict() | {"total": memory.total},
+    }
 
 
 def _counts(config: Config) -> dict:
@@ -158,11 +172,14 @@ def _time(roofline) -> dict:
     return roofline._asdict() | {"limit": roofline.limit}
 
 
-def _candidate(candidate, compiled) -> dict:
-    on = topology(FLAGS.topology)
-    verdict = _verdict(compiled, candidate.bytes, on)
-    told = {"changes": candidate.changes, "sequences": candidate.sequences}
-    return told | verdict | {"roofline": _time(candidate.roofline)}
+def _candidate(candidate, compiled, on: Topology) -> dict:
+    from lm.sharding import axis_sizes
+
+    config, sequences = candidate.config, candidate.sequences
+    sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, on.n_chips), strict=True))
+    told = {"changes": candidate.changes} | _on_mesh(config, sizes, sequences)
+    told |= _verdict(compiled, candidate.bytes, on)
+    return told | {"roofline": _time(candidate.roofline)}
 
 
 if __name__ == "__main__":

@@ -5,19 +5,18 @@ from rich.table import Table
 
 from lm.hardware import GIB
 
-NUMBERS = ("parameters", "moments", "activations", "gradients", "working")
-
 
 def print_estimate(result: dict) -> None:
     """The dict of `lm.estimate --json` as tables."""
     console = Console(highlight=False)
     _print_table(console, f"{result['config']}", _counts(result))
-    _print_table(console, "bytes of one device at a step's peak, by arithmetic", _memory(result))
     if "topology" not in result:
+        _print_memory(console, result)
         return
     if "search" in result:
         _print_candidate(console, "best", result["search"], result)
     else:
+        _print_memory(console, result)
         _print_verdict(console, result, result)
         if not result["fits"]:
             _print_candidate(console, "the nearest that does", result["nearest"], result)
@@ -55,14 +54,13 @@ def _counts(result: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(result: dict) -> list[tuple[str, str]]:
-    mesh = result["mesh"]
+def _print_memory(console: Console, found: dict) -> None:
+    mesh = found["mesh"]
     used = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if axis != "zero" and n > 1)
-    rows = [(name, _gib(result["memory"][name])) for name in NUMBERS]
-    rows.append(("total", _gib(result["memory"]["total"])))
+    rows = [(name, _gib(n_bytes)) for name, n_bytes in found["memory"].items()]
     rows.append(("mesh", f"{used or 'one device'}, zero {mesh['zero']}"))
-    rows.append(("global batch", f"{result['sequences']:,} sequences"))
-    return rows
+    rows.append(("global batch", f"{found['sequences']:,} sequences"))
+    _print_table(console, "bytes of one device at a step's peak, by arithmetic", rows)
 
 
 def _print_verdict(console: Console, found: dict, result: dict) -> None:
@@ -107,5 +105,5 @@ def _print_candidate(console: Console, what: str, found: dict | None, result: di
         return
     settings = " ".join(f"--config.{name}={value}" for name, value in found["changes"].items())
     console.print(f"[bold]{what}[/]: {settings or 'the config as it is'}", soft_wrap=True)
-    console.print(f"  {found['sequences']:,} sequences a step")
+    _print_memory(console, found)
     _print_verdict(console, found, result)

@@ -29,7 +29,7 @@ ASSUMPTIONS = (
 # That share, in tokens a second: v5e, MaxText's 64B on 256 chips; v5p, its 128B on 128 and Llama 2
 # 70B on 512; v6e, Llama 3.1 8B, 70B and 405B on 256 and 512. experiments/tpu_fit has the settings.
 # For v4 none is published with its settings, and it is taken to do as well as v5e.
-REALISED = {"v4": 0.85, "v5e": 0.85, "v5p": 0.86, "v6e": 0.66}
+REALISED = {"v4": 0.87, "v5e": 0.87, "v5p": 0.905, "v6e": 0.73}
 
 
 class Roofline(NamedTuple):
