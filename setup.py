@@ -16,6 +16,7 @@ setup(
         "absl-py>=2.1",
         "array-record>=0.5",
         "flax>=0.12",
+        "fsspec>=2024.12",
         "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
         "jax>=0.10",
         "matplotlib>=3.9",

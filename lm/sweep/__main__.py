@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -33,7 +32,7 @@ from lm.train.recipe import check_vocabulary
 
 FLAGS = flags.FlagValues()
 define_config_flag(FLAGS)
-flags.DEFINE_string("workdir", None, "The study's folder.", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "The study's folder, or gs://, s3://.", flag_values=FLAGS)
 flags.DEFINE_enum(
     "backend",
     "inline",
@@ -76,23 +75,27 @@ def _sweep() -> int | None:
         return _show_status(Study(store.config(), store), console)
     config = config_from_flags(FLAGS)
     grid.plan(config, {})
-    engine = _engine()
+    if config.sweep.branches and "://" in store.place:
+        raise BadInput(
+            "sweep.branches with a --workdir that is a URL: checkpoints are not kept there"
+        )
+    engine = _engine(store)
 
     # Once, before workers race for it; and what is wrong with the data is said before a run starts.
     from lm.data import open_dataset
 
     check_vocabulary(config, open_dataset(config.data).vocab_size)
     store.claim(config)
-    return run(Study(config, store, started=started), engine(store.workdir), console, FLAGS.retry)
+    return run(Study(config, store, started=started), engine(), console, FLAGS.retry)
 
 
-def _engine() -> Callable[[Path], Any]:
-    """What makes the backend for a workdir. Raises ``BadInput`` where it could not."""
+def _engine(store: Store) -> Callable[[], Any]:
+    """What starts the backend. Raises ``BadInput`` where it could not."""
     if FLAGS.backend in ("inline", "processes"):
         workers = refuse_more_workers(FLAGS.workers, available_cores())
         if FLAGS.backend == "inline":
-            return lambda workdir: Inline()
-        return lambda workdir: Processes(workers, workdir / "workers.log")
+            return Inline
+        return lambda: Processes(workers, store.workdir / "workers.log")
     options = {}
     for option in FLAGS.engine_option:
         name, equals, value = option.partition("=")
@@ -103,7 +106,7 @@ def _engine() -> Callable[[Path], Any]:
         except (SyntaxError, ValueError):
             options[name] = value
     engine = {"ray": Ray, "slurm": Slurm}[FLAGS.backend]
-    return engine(FLAGS.workers, FLAGS.cpus, FLAGS.gpus, options).start
+    return engine(store, FLAGS.workers, FLAGS.cpus, FLAGS.gpus, options).start
 
 
 def run(study: Study, backend, console: Console, retry: bool = False) -> int:

@@ -29,12 +29,12 @@ class Worker:
     """What an engine runs, wherever it does: trains runs until the study has none left.
 
     Args:
-      workdir: the study's folder, which all machines see.
+      workdir: the study's folder, which all machines see; absolute, or a URL.
       name: the same whenever the engine starts it again, so that it takes up its run at once.
     """
 
-    def __init__(self, workdir: Path, name: str, trainer: str = TRAINER):
-        self._workdir, self._name, self._trainer = workdir.absolute(), name, trainer
+    def __init__(self, workdir: str, name: str, trainer: str = TRAINER):
+        self._workdir, self._name, self._trainer = workdir, name, trainer
         self._folder = Path.cwd()  # a config's paths are relative to it
 
     def __call__(self) -> None:
@@ -42,7 +42,7 @@ class Worker:
         if self._folder.is_dir():
             os.chdir(self._folder)
         store = Store(self._workdir, self._name)
-        backend = Processes(1, self._workdir / "workers.log", self._trainer)
+        backend = Processes(1, store.workdir / "workers.log", self._trainer)
         try:
             launch(Study(store.config(), store), backend, _print, forgiven=())
         except KeyboardInterrupt:
@@ -64,6 +64,7 @@ class _Cluster:
     """A backend that takes no jobs, as its workers find them.
 
     Args:
+      store: the study's.
       workers: how many.
       cpus, gpus: that one run has.
       options: more of the engine's own.
@@ -73,18 +74,26 @@ class _Cluster:
 
     free = 0
 
-    def __init__(self, workers: int, cpus: int, gpus: int, options: dict[str, Any]):
+    def __init__(
+        self,
+        store: Store,
+        workers: int,
+        cpus: int,
+        gpus: int,
+        options: dict[str, Any],
+        trainer: str = TRAINER,
+    ):
         if workers < 0 or cpus < 1 or gpus < 0:
             raise BadInput(
                 f"--workers={workers} --cpus={cpus} --gpus={gpus}: must be at least 0, 1 and 0"
             )
-        self.workers, self._cpus, self._gpus, self._options = workers, cpus, gpus, options
+        self.workers, self._place, self._trainer = workers, store.place, trainer
         self.trouble: set[str] = set()  # what the user should know at the end
+        self._prepare(cpus, gpus, options, store.workdir)
 
-    def _tasks(self, workdir: Path, trainer: str) -> list[Worker]:
-        launch = uuid.uuid4().hex[:6]
-        name = f"{type(self).__name__.lower()}-{launch}"
-        return [Worker(workdir, f"{name}-{i}", trainer) for i in range(self.workers)]
+    def _tasks(self) -> list[Worker]:
+        name = f"{type(self).__name__.lower()}-{uuid.uuid4().hex[:6]}"
+        return [Worker(self._place, f"{name}-{i}", self._trainer) for i in range(self.workers)]
 
 
 class Ray(_Cluster):
@@ -93,37 +102,35 @@ class Ray(_Cluster):
     ``workers`` of 0: as many as the cluster has room for now. ``options``: ``ray.remote``'s.
     """
 
-    def __init__(self, workers: int, cpus: int, gpus: int, options: dict[str, Any]):
-        super().__init__(workers, cpus, gpus, options)
+    def _prepare(self, cpus, gpus, options, workdir) -> None:
         try:
             import ray
         except ImportError as error:
             raise BadInput("--backend=ray: needs `pip install 'lm-scaling[ray]'`") from error
-        self._ray = ray
-
-    def start(self, workdir: Path, trainer: str = TRAINER) -> "Ray":
-        """Starts the workers."""
-        ray = self._ray
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level="warning")
-        if not self.workers:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            needs = {"CPU": self._cpus, **({"GPU": self._gpus} if self._gpus else {})}
-            self.workers = sum(
-                min(int(node.get(name, 0) // n) for name, n in needs.items()) for node in nodes
-            )
+        self._ray, self._needs = ray, {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         given = {
-            "num_cpus": self._cpus,
-            "num_gpus": self._gpus,
+            "num_cpus": cpus,
+            "num_gpus": gpus,
             "max_retries": -1,  # a task whose machine is lost starts again on another
             "scheduling_strategy": "SPREAD",
-            **self._options,
+            **options,
         }
         try:
-            call = ray.remote(Worker.__call__).options(**given)
+            self._call = ray.remote(Worker.__call__).options(**given)
         except (TypeError, ValueError) as error:
             raise BadInput(f"--engine_option: {error}") from error
-        self._under_way = [call.remote(task) for task in self._tasks(workdir, trainer)]
+
+    def start(self) -> "Ray":
+        """Starts the workers."""
+        if not self._ray.is_initialized():
+            self._ray.init(log_to_driver=False, logging_level="warning")
+        if not self.workers:
+            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self.workers = sum(
+                min(int(node.get(name, 0) // n) for name, n in self._needs.items())
+                for node in nodes
+            )
+        self._under_way = [self._call.remote(task) for task in self._tasks()]
         return self
 
     @property
@@ -149,35 +156,35 @@ class Slurm(_Cluster):
     Its scripts and logs are in the study's ``slurm``. ``options``: ``submitit.SlurmExecutor``'s.
     """
 
-    def __init__(self, workers: int, cpus: int, gpus: int, options: dict[str, Any]):
-        super().__init__(workers, cpus, gpus, options)
-        if not workers:
+    def _prepare(self, cpus, gpus, options, workdir) -> None:
+        if not self.workers:
             raise BadInput("--workers=0 with --backend=slurm: say how many jobs, as --workers=8")
+        if "://" in self._place:
+            raise BadInput(f"--workdir={self._place} with --backend=slurm: must be a folder")
         try:
             from submitit import SlurmExecutor
         except ImportError as error:
             raise BadInput("--backend=slurm: needs `pip install 'lm-scaling[slurm]'`") from error
         if not SlurmExecutor.affinity() > 0:
             raise BadInput("--backend=slurm: there is no SLURM here (no command srun)")
-        self._executor = SlurmExecutor
-
-    def start(self, workdir: Path, trainer: str = TRAINER) -> "Slurm":
-        """Queues the workers."""
-        executor = self._executor(workdir.absolute() / "slurm", max_num_timeout=REQUEUES)
+        self._executor = SlurmExecutor(workdir / "slurm", max_num_timeout=REQUEUES)
         given = {
             "job_name": "lm.sweep",
             "time": MINUTES,
-            "cpus_per_task": self._cpus,
-            "gpus_per_node": self._gpus or None,
+            "cpus_per_task": cpus,
+            "gpus_per_node": gpus or None,
             "additional_parameters": {"requeue": True},
-            **self._options,
+            **options,
         }
         try:
-            executor.update_parameters(**given)
+            self._executor.update_parameters(**given)
         except ValueError as error:
             raise BadInput(f"--engine_option: {str(error).splitlines()[0]}") from error
-        with executor.batch():
-            jobs = [executor.submit(task) for task in self._tasks(workdir, trainer)]
+
+    def start(self) -> "Slurm":
+        """Queues the workers."""
+        with self._executor.batch():
+            jobs = [self._executor.submit(task) for task in self._tasks()]
         self._array, self._asked, self._alive = jobs[0].job_id.split("_")[0], 0.0, self.workers
         return self
 

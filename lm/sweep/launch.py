@@ -127,6 +127,7 @@ def launch(
             study.running[run_id] = event
             return show(study, "")
         del study.running[run_id]
+        store.publish(run_id)
         leases.end(run_id, kind, event.get("reason", ""), tuple(event.get("log_tail", ())))
         study.states[run_id] = leases.state(run_id)
         if kind == "done":

@@ -15,7 +15,7 @@ import numpy as np
 
 from lm.command import BadInput, write_atomically
 from lm.config import Config, differences, from_config_dict, to_dict
-from lm.sweep.files import Folder
+from lm.sweep.files import Bucket, Folder
 from lm.sweep.leases import Leases
 from lm.train.metrics import read_metrics
 
@@ -32,11 +32,18 @@ POINTS_A_DECADE = 40  # of tokens, in curves.csv
 
 
 class Store:
-    """Reads and writes the folder ``workdir`` of a study. ``owner``: as for ``Leases``."""
+    """Reads and writes the folder of a study. ``owner``: as for ``Leases``.
+
+    ``place`` is a path or a URL, the same from any machine and folder; ``workdir`` is where its
+    files lie on this machine, which for a bucket is a copy.
+    """
 
     def __init__(self, workdir: str | Path, owner: str = ""):
-        self.workdir = Path(workdir)
-        self.leases = Leases(Folder(workdir), owner)
+        remote = "://" in str(workdir)
+        self.place = str(workdir) if remote else str(Path(workdir).absolute())
+        self.files = Bucket(self.place) if remote else Folder(workdir)
+        self.workdir = self.files.local
+        self.leases = Leases(self.files, owner)
         self._rows: dict[str, dict] = {}
         self._curves: dict[str, list[tuple]] = {}
 
@@ -49,8 +56,7 @@ class Store:
 
         Raises ``BadInput`` where it holds another study, naming the keys that differ.
         """
-        path = self.workdir / "study.json"
-        if path.exists():
+        if self.files.read("study.json"):
             old = self.config()
             top, grown = len(old.sweep.budgets), config.sweep.budgets
             found, wanted = to_dict(old), to_dict(config)
@@ -61,20 +67,25 @@ class Store:
                     f"{self.workdir} holds another study ({'; '.join(changed)}):"
                     " use another --workdir"
                 )
-        write_atomically(path, json.dumps({"schema": SCHEMA, "config": to_dict(config)}, indent=1))
+        study = {"schema": SCHEMA, "config": to_dict(config)}
+        self.files.write("study.json", json.dumps(study, indent=1))
 
     def config(self) -> Config:
         """The study's config. Raises ``BadInput`` where there is no study."""
-        path = self.workdir / "study.json"
-        if not path.exists():
+        study = self.files.read("study.json")
+        if not study:
             raise BadInput(f"--workdir={self.workdir}: no study here (study.json is missing)")
-        return from_config_dict(json.loads(path.read_text())["config"])
+        return from_config_dict(json.loads(study)["config"])
 
     def scan(self) -> None:
         """Reads the results that have come since the last look."""
-        for path in (self.workdir / "runs").glob("*/result.json"):
-            if path.parent.name not in self._rows:
-                self._rows[path.parent.name] = _row(path.parent)
+        for run_id in set(self.files.finished()) - set(self._rows):
+            self.files.fetch(_files(run_id))
+            self._rows[run_id] = _row(self.folder(run_id))
+
+    def publish(self, run_id: str) -> None:
+        """Lets all see what was written of a run on this machine, its result last."""
+        self.files.publish(_files(run_id))
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict of ``COLUMNS`` a finished run, sorted by run_id; as of the last ``scan``."""
@@ -108,6 +119,12 @@ class Store:
         )
         points = ((row["run_id"], *point) for row in rows for point in self._curves[row["run_id"]])
         write_atomically(self.workdir / "curves.csv", _csv(CURVE_COLUMNS, points))
+        self.files.publish(["runs.csv", "curves.csv"])
+
+
+def _files(run_id: str) -> list[str]:
+    names = "log.txt", "config.json", "metrics.jsonl", "result.json"
+    return [f"runs/{run_id}/{name}" for name in names]
 
 
 def _csv(header, rows) -> str:

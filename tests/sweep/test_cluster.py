@@ -31,7 +31,7 @@ def fake_trainer(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([folder, str(Path(folder).parents[1])]))
 
 
-def run(workdir, start, pause):
+def run(workdir, backend, pause):
     """(exit code, runs.csv, what was printed) of a small study, each run taking ``pause`` s."""
     sweep = SweepConfig(budgets=(1e9, 3e9), sizes=5, spread=4.0, widths=tuple(range(8, 129, 8)))
     store = Store(workdir)
@@ -39,7 +39,7 @@ def run(workdir, start, pause):
     store.claim(config)
     (workdir / "pause").write_text(str(pause))
     console = Console(record=True, width=200, file=open(os.devnull, "w"))
-    code = command_line.run(Study(config, store), start(workdir), console)
+    code = command_line.run(Study(config, store), backend(store), console)
     with (workdir / "runs.csv").open() as file:
         return code, list(csv.DictReader(file)), console.export_text()
 
@@ -78,9 +78,9 @@ def test_ray_finishes_every_run_once_though_a_node_is_killed(tmp_path, undisturb
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [cluster.add_node(num_cpus=2, num_gpus=4) for _ in range(2)]
 
-    def start(workdir):
+    def start(store):
         ray.init(address=cluster.address, log_to_driver=False)
-        return Ray(workers=4, cpus=1, gpus=2, options={}).start(workdir, FAKE)
+        return Ray(store, 4, cpus=1, gpus=2, options={}, trainer=FAKE).start()
 
     def kill_a_node():
         wait_for_results(workdir, 2)
@@ -181,8 +181,8 @@ def slurm(tmp_path, monkeypatch):
 def test_slurm_finishes_every_run_once_though_a_job_is_queued_again(slurm, tmp_path, undisturbed):
     workdir, backends = tmp_path / "study", []
 
-    def start(workdir):
-        backends.append(Slurm(workers=2, cpus=1, gpus=0, options={}).start(workdir, FAKE))
+    def start(store):
+        backends.append(Slurm(store, 2, cpus=1, gpus=0, options={}, trainer=FAKE).start())
         return backends[0]
 
     def queue_again():
