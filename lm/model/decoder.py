@@ -5,6 +5,8 @@ B batch, T query position, S key position, D model width, F feed-forward width, 
 K key/value heads, G query heads a key/value head, H head width, L layers, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -92,13 +94,31 @@ def scanned(config: ModelConfig) -> type[nn.Module]:
     return Period if config.moe.n_experts and config.moe.every > 1 else Block
 
 
-def rematerialised(config: ModelConfig, module: type[nn.Module] = Block) -> type[nn.Module]:
-    """``module`` under the config's policy of what its backward pass recomputes."""
-    if config.remat != "none":
-        policy = REMAT_POLICIES[config.remat]
-    elif stores_parts():
-        policy = all_but_moved
-    else:
+def remat_policy(config: ModelConfig, mapped: bool = False) -> Callable | None:
+    """What a layer keeps for its backward pass; None: all.
+
+    jax's policies look at a product's batch dimensions: where layers are ``mapped``, over the
+    stages of a pipeline, all have one that is not meant.
+    """
+    if config.remat == "none":
+        return all_but_moved if stores_parts() else None
+    policy = REMAT_POLICIES[config.remat]
+
+    def of_one(primitive, *args, **params):
+        if primitive.name == "dot_general":
+            contracted, (left, right) = params["dimension_numbers"]
+            params["dimension_numbers"] = contracted, (left[1:], right[1:])
+        return policy(primitive, *args, **params)
+
+    return of_one if mapped else policy
+
+
+def rematerialised(
+    config: ModelConfig, module: type[nn.Module] = Block, mapped: bool = False
+) -> type[nn.Module]:
+    """``module`` under ``remat_policy``."""
+    policy = remat_policy(config, mapped)
+    if policy is None:
         return module
     # Inside a scan nothing can be shared between the two computations anyway.
     return nn.remat(module, prevent_cse=not config.scan_layers, policy=policy)

@@ -37,6 +37,12 @@ def check_pipeline(config: Config, n_stages: int) -> None:
             f"model.scan_layers = False with mesh.stage = {n_stages}: must be True,"
             " since a stage is a part of the stacked layers"
         )
+    for name in ("first_dense", "jitter"):
+        if model.moe.n_experts and getattr(model.moe, name):
+            raise BadInput(
+                f"model.moe.{name} = {getattr(model.moe, name)} with mesh.stage = {n_stages}:"
+                " must be 0, since all of a pipeline's layers are alike"
+            )
     n_scanned = len(model.moe_layers) or model.n_layers
     for name, size, over, n in (
         ("scanned layers", n_scanned, "mesh.stage x mesh.rounds", n_stages * rounds),
@@ -111,6 +117,7 @@ def pipelined(
     per_micro: Any,
     n_stages: int,
     rounds: int = 1,
+    policy: Callable | None = None,
 ) -> tuple[jax.Array, Any]:
     """Applies L stacked layers to M micro-batches, under ``jax.set_mesh`` with an axis ``stage``.
 
@@ -123,6 +130,9 @@ def pipelined(
       x_MBTD: M must be a multiple of P. Each stage keeps K micro-batches, before and after:
         stage 0's next one comes to it, and the last stage's results go back, one stage at a time.
       per_micro: leaves of (M, ...) that a stage reads and doesn't change, or None.
+      policy: of ``jax.checkpoint``, what an application of ``stage_fn`` keeps for its backward
+        pass. With R > 1 and none, that is among all else a copy of the parameters that it picked,
+        in every iteration; so there it is the stage that is better rematerialised, not its layers.
 
     Returns:
       y_MBTD with M over ``stage``, and the auxiliary pytree with leaves (M, L, ...).
@@ -137,12 +147,15 @@ def pipelined(
     # k of all stages is handed back by one. When a result comes, its slot has got as far as:
     home = p - 1 - (p - 1) // k
 
+    @jax.checkpoint  # or a mask of the whole result's size would be kept
     def where_stage(condition_P, x_PBTD, y_PBTD):
         return jnp.where(condition_P[:, None, None, None], x_PBTD, y_PBTD)
 
-    def apply(params_R, round_, x_BTD, extras):
+    def apply_round(params_R, round_, x_BTD, extras):
         index = round_ if rounds > 1 else 0  # one round: no copy of the parameters
         return stage_fn(jax.tree.map(lambda w: w[index], params_R), x_BTD, extras)
+
+    apply = jax.checkpoint(apply_round, prevent_cse=False, policy=policy) if policy else apply_round
 
     def iterate(carry, i):
         x_PBTD, slots_PKBTD = carry

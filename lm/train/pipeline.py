@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lm.config import Config
 from lm.data import Batch
 from lm.model import Decoder, head_cross_entropy
-from lm.model.decoder import rematerialised, scanned
+from lm.model.decoder import remat_policy, rematerialised, scanned
 from lm.sharding.pipeline import AXIS, pipelined
 
 
@@ -44,20 +44,24 @@ def nats(
 
     def before(inputs_BT, positions_BT, segments_BT):
         x_BTD = apply(inputs_BT, positions_BT, method="embed")
-        dense = rematerialised(model)(model, has_experts=False)
+        dense = rematerialised(model, mapped=True)(model, has_experts=False)
         for i in range(model.moe.first_dense if model.moe.n_experts else 0):
             layer = {"params": params[f"layer_{i}"]}
             x_BTD, _ = dense.apply(layer, x_BTD, positions_BT, segments_BT)
         return x_BTD
 
+    rounds, block = config.mesh.rounds, scanned(model)
+    if rounds == 1:
+        block = rematerialised(model, block, mapped=True)
+
     def stage(layers, x_BTD, micro):
         (positions_BT, segments_BT), i = micro
-        block = rematerialised(model, scanned(model))(model)
 
         def apply_one(x_BTD, layer):
             params, key = layer
             rngs = None if key is None else {"jitter": jax.random.fold_in(key, i)}
-            return block.apply({"params": params}, x_BTD, positions_BT, segments_BT, rngs=rngs)
+            args = (x_BTD, positions_BT, segments_BT)
+            return block(model).apply({"params": params}, *args, rngs=rngs)
 
         return jax.lax.scan(apply_one, x_BTD, layers)
 
@@ -82,7 +86,8 @@ def nats(
         (layers, keys),
         over_stages(before)(micro.inputs_BT, *documents),
         (documents, jnp.arange(n_micro)),
-        *(n_stages, config.mesh.rounds),
+        *(n_stages, rounds),
+        policy=remat_policy(model, mapped=True) if rounds > 1 else None,
     )
     unembedding_DV = apply(method="unembedding")
     shares = jax.tree.map(
