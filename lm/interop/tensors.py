@@ -6,7 +6,7 @@ runs over, of the experts of a layer.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -111,8 +111,8 @@ def _leaf(model: ModelConfig, path: Any, array: Any) -> Leaf:
 def load(source: Source, config: Config, mesh: Mesh) -> Any:
     """The decoder's parameters out of ``source``, laid over ``mesh`` as the config has it.
 
-    Every device's part is read on its own and in small blocks, so beside the parts themselves no
-    more than a block is held. Each host reads what its devices hold.
+    Every device's part of a tensor is read on its own, in blocks, so beside the parts that are in
+    place no more than blocks are held. Each host reads what its devices hold.
 
     Raises ``BadInput`` where ``source`` holds other tensors, shapes or dtypes than the decoder.
     """
@@ -143,33 +143,41 @@ def check(source: Source, flat: list[Leaf], tied: bool) -> None:
 
 def _placed(source: Source, leaf: Leaf) -> jax.Array:
     shape, sharding = leaf.array.shape, leaf.array.sharding
-    shards = [
-        _shard(
-            source, leaf, device, [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-        )
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-    ]
+    parts: dict[tuple[range, ...], jax.Array] = {}  # one of each, for devices with copies
+    shards = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        axes = tuple(range(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+        if axes not in parts:
+            parts[axes] = _shard(source, leaf, device, axes)
+        shards.append(jax.device_put(parts[axes], device))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _shard(source: Source, leaf: Leaf, device: jax.Device, index: list[range]) -> jax.Array:
+def _shard(source: Source, leaf: Leaf, device: jax.Device, axes: tuple[range, ...]) -> jax.Array:
     """What ``device`` holds of a parameter: these indices of each axis."""
-    shard = jnp.zeros([len(axis) for axis in index], jnp.float32, device=device)
-    stacked, own = index[: leaf.stacked], index[leaf.stacked :]
-    rows, *columns = own[::-1] if leaf.is_kernel else own
+    shard = jnp.zeros([len(axis) for axis in axes], jnp.float32, device=device)
+    stacked, own = axes[: leaf.stacked], axes[leaf.stacked :]
+    for index in itertools.product(*stacked):
+        at = [i - axis.start for i, axis in zip(index, stacked, strict=True)]
+        for start, block in _blocks(source, leaf.names[index], own, leaf.is_kernel):
+            block = np.array(block, np.float32, order="C", ndmin=len(axes))
+            start = np.array([*at, *start], np.int32)
+            shard = _write(shard, block, start).block_until_ready()
+    return shard
+
+
+def _blocks(
+    source: Source, name: str, axes: tuple[range, ...], is_kernel: bool
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """A part of a tensor in blocks of its rows, as ours: where in the part each starts, and it."""
+    rows, *columns = axes[::-1] if is_kernel else axes
     others = tuple(slice(axis.start, axis.stop) for axis in columns)
     size = max(len(rows) // BLOCKS, SMALLEST_BLOCK // max(1, math.prod(map(len, columns))), 1)
-    for place in itertools.product(*stacked):
-        at = [i - axis.start for i, axis in zip(place, stacked, strict=True)]
-        for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-            block = source.read(leaf.names[place], (slice(part.start, part.stop), *others))
-            block = np.ascontiguousarray(block.T if leaf.is_kernel else block, np.float32)
-            start = [*at, *([0] * len(columns)), first] if leaf.is_kernel else [*at, first]
-            start += [0] * (len(index) - len(start))
-            block = block.reshape([1] * leaf.stacked + list(block.shape))
-            shard = _write(shard, block, np.array(start, np.int32)).block_until_ready()
-    return shard
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        block = source.read(name, (slice(part.start, part.stop), *others))
+        start = [first, *(0 for _ in columns)]
+        yield (start[::-1], block.T) if is_kernel else (start, block)
 
 
 @partial(jax.jit, donate_argnums=0)
