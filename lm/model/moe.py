@@ -233,8 +233,9 @@ def _ragged(c: ModelConfig, kernels, x_BTD, gate_BTk, expert_BTk) -> jax.Array:
     Each device sorts its own rows. Where experts lie on several devices, each computes its experts'
     part of the rows that they share, and the parts are summed.
     """
-    place = here("batch", None, None)
-    axis = here("act_experts").spec[0] if devices_along("act_experts") > 1 else None
+    # Initialising traces one row, which has no place on several devices.
+    place = here("batch", None, None) if len(x_BTD) % devices_along("batch") == 0 else None
+    axis = here("act_experts").spec[0] if place and devices_along("act_experts") > 1 else None
 
     def local(kernels, x_BTD, gate_BTk, expert_BTk):
         n_experts = len(kernels["up"])

@@ -83,6 +83,11 @@ def layout(config: Config, mesh: Mesh) -> Layout:
     _check_divides("model.n_heads", model.n_heads, "model", mesh)
     _check_divides("data.seq_len", config.data.seq_len, computed["sequence"], mesh)
     _check_divides("model.moe.n_experts", model.moe.n_experts, computed["act_experts"], mesh)
+    if model.moe.dispatch == "ragged" and chosen.experts == "data" and mesh.shape["data"] > 1:
+        raise BadInput(
+            "model.moe.dispatch = 'ragged' with mesh.experts = 'data': rows that change devices"
+            " need slots, so it must be 'capacity', or experts on 'model'"
+        )
     return Layout(
         params=sharded if chosen.zero >= 3 else gathered,
         gradients=sharded if chosen.zero >= 2 else gathered,
