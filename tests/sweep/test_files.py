@@ -1,7 +1,10 @@
 """The same study in a folder and in an object store, which two machines see."""
 
 import csv
+import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -103,6 +106,50 @@ def test_a_study_in_a_bucket_is_the_same_and_seen_from_another_machine(
         tables = {(store.workdir / name).read_text() for store in (folder, here, there)}
         assert tables == {here.files.read(name)}
     assert len(list(csv.reader(tables.pop().splitlines()))) > 10
+
+
+LAUNCHER = """
+import sys
+from rich.console import Console
+from lm.sweep import __main__ as command_line
+from lm.sweep.backends import Processes
+from lm.sweep.launch import Study
+from lm.sweep.store import Store
+store = Store(sys.argv[1])
+backend = Processes(1, store.workdir / "workers.log", "fake_trainer:train")
+sys.exit(command_line.run(Study(store.config(), store), backend, Console()))
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_share_a_study_in_s3(tmp_path, monkeypatch):
+    server = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    s3 = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    s3.start()
+    host, port = s3.get_host_and_port()
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").mkdir("bucket")
+    url = "s3://bucket/study"
+    Store(url).claim(CONFIG)
+    command = [sys.executable, "-c", LAUNCHER, url]
+    caches = [{**os.environ, "XDG_CACHE_HOME": str(tmp_path / str(i))} for i in range(2)]
+    launchers = [subprocess.Popen(command, env=cache) for cache in caches]
+    assert [launcher.wait() for launcher in launchers] == [0, 0]
+    seen = Store(url)
+    attempts = [json.loads(seen.files.read(name)) for name in seen.files.names("leases")]
+    rows = list(csv.DictReader(seen.files.read("runs.csv").splitlines()))
+    s3.stop()
+    assert [attempt["end"] for attempt in attempts] == ["done"] * len(rows) and len(rows) == 10
+    assert len({attempt["owner"] for attempt in attempts}) == 2
 
 
 def test_a_place_that_is_none_is_refused():
