@@ -1,0 +1,81 @@
+"""The campaign: goes on after the last trial, tells what was wrong; and its faults, once each."""
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lm import command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def campaign(monkeypatch, tmp_path, capsys):
+    """(the module, a call of it into tmp_path / "out" -> (exit code, printed))"""
+    monkeypatch.syspath_prepend(str(ROOT))
+    run = importlib.import_module("experiments.fault_injection.run")
+
+    def call(*arguments):
+        given = (f"--workdir={tmp_path / 'broken'}", f"--out={tmp_path / 'out'}", *arguments)
+        code = command.run(run.main, run.FLAGS, run.__doc__, ["run.py", *given])
+        return code, capsys.readouterr().out
+
+    return run, call
+
+
+def fault(trial, why=""):
+    return SimpleNamespace(
+        FAULT="made up", TIMES=5, REQUIRED="nothing", COLUMNS=("faults", "measure", "wrong"),
+        cannot_run=lambda: why, trial=trial,
+    )  # fmt: skip
+
+
+def test_it_goes_on_after_the_last_trial_and_tells_what_was_wrong(campaign, monkeypatch, tmp_path):
+    run, call = campaign
+    seen = []
+
+    def trial(number, folder):
+        assert folder.is_dir() and not list(folder.iterdir())
+        (folder / "left").touch()
+        seen.append(number)
+        if number == 1 and seen.count(1) == 1:
+            raise KeyboardInterrupt
+        if number == 2:
+            raise RuntimeError("broken\nfor good")
+        return {"faults": 2, "measure": number, "wrong": ""}
+
+    monkeypatch.setattr(run, "FAULTS", ("one", "none"))
+    monkeypatch.setattr(
+        run, "load", lambda name: fault(trial) if name == "one" else fault(None, "no root")
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text(f"before\n{run.BEGIN}old\n{run.END}after\n")
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    code, printed = call()
+    assert seen == [0, 1, 1, 2] and code == 1
+    assert "none: skipped, no root" in printed
+    row = "| made up | 5 of 5 | nothing | 2 of 3 trials |\n"
+    assert row in printed and row in (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/README.md").read_text().endswith("after\n")
+    with (tmp_path / "out/results/one.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["wrong"] for r in rows] == ["", "", "RuntimeError: broken"]
+    assert [p.name for p in (tmp_path / "broken/one").iterdir()] == ["2"]  # kept to be looked at
+    assert call()[0] == 1 and seen == [0, 1, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sweep_kills", "ray_node"])
+def test_each_fault_once(campaign, name, tmp_path):
+    run, call = campaign
+    if why := run.load(name).cannot_run():
+        pytest.skip(f"{name}: {why}")
+    code, printed = call(f"--only={name}", "--times=1")
+    print(printed, file=sys.stderr)
+    assert code is None or code == 0, printed
+    assert "1 of 1 trials" in printed
