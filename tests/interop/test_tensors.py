@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -257,6 +258,7 @@ def test_resident_memory_beyond_the_parameters(scan_layers):
     """Of the process itself, XLA's buffers included, in largest tensors of float32."""
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT.format(scan=scan_layers)],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,

@@ -1,0 +1,151 @@
+"""The commands: weights in and out again; bad input in one line, with nothing written."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lm import command
+from lm.checkpoint import claim, load_config, load_params
+from lm.config import Config, MeshConfig, replace
+from lm.data import open_tokenizer
+from lm.data.tokenizers import ByteTokenizer
+from lm.interop import __main__ as interop
+from lm.interop import to_transformers, write_folder
+from lm.interop.tensors import pieces
+from lm.interop.tokenizer import companions
+from lm.sharding import make_mesh
+from lm.train.loop import train
+from tests.interop.test_tensors import random_params
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*arguments):
+        verbs = {"import": interop.import_, "export": interop.export}
+        code = command.run(verbs, interop.FLAGS, interop.__doc__, ["lm.interop", *arguments])
+        captured = capsys.readouterr()
+        assert code == 0 or captured.err.count("\n") == 1
+        return code, captured.out, captured.err
+
+    return call
+
+
+CONFIG = replace(
+    Config(),
+    model=dict(vocab_size=260, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24),
+    data=dict(seq_len=32),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face folder of random weights, and its tensors' file."""
+    path = tmp_path / "theirs"
+    path.mkdir()
+    files = companions(ByteTokenizer(), 32)
+    write_folder(
+        path,
+        to_transformers(CONFIG.model, 32),
+        pieces(CONFIG.model, random_params(CONFIG)),
+        files | {"chat_template.jinja": b"{{ x }}"},
+        "bfloat16",
+    )
+    return path
+
+
+@pytest.mark.parametrize("scan", [(), ("--scan_layers",)], ids=["unrolled", "scanned"])
+def test_in_and_out_again_is_the_same_to_the_bit(call, folder, tmp_path, scan):
+    code, out, _ = call("import", f"--from={folder}", f"--to={tmp_path / 'run'}", *scan)
+    assert code == 0 and "parameters" in out
+    config = load_config(tmp_path / "run")
+    assert replace(config, model={"scan_layers": False}).model == CONFIG.model
+    assert config.data.seq_len == 32 and config.model.scan_layers == bool(scan)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "imported"
+    text = "naïve <|endoftext|>"
+    np.testing.assert_array_equal(
+        open_tokenizer(config.data).encode(text), ByteTokenizer().encode(text)
+    )
+    code, out, _ = call(
+        "export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}", "--dtype=bfloat16"
+    )
+    assert code == 0 and "LlamaForCausalLM" in out
+    first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert first.keys() == second.keys()
+    for name, x in first.items():
+        assert x.dtype == second[name].dtype and x.tobytes() == second[name].tobytes()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_trained_run_goes_out_and_in(call, tmp_path, text_data):
+    config = replace(CONFIG, data=vars(text_data), train=dict(tokens=2_048, batch_tokens=512))
+    result = train(config, tmp_path / "run")
+    code, _, err = call("export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
+    assert code == 0, err
+    code, _, err = call("import", f"--from={tmp_path / 'out'}", f"--to={tmp_path / 'again'}")
+    assert code == 0, err
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = [
+        load_params(tmp_path / name, load_config(tmp_path / name), mesh)
+        for name in ("run", "again")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    again = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert again["params"] == result["params"] and again["total_params"] == result["total_params"]
+
+
+def change(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (lambda path: change(path, architectures=["GPT2LMHeadModel"]), "the architecture"),
+        (lambda path: change(path, num_hidden_layers=3), "tensors are missing: model.layers.2."),
+        (lambda path: change(path, num_hidden_layers=1), "tensors fit nowhere: model.layers.1."),
+        (
+            lambda path: change(path, intermediate_size=25),
+            "has the shape (16, 24), must be (16, 25)",
+        ),
+        (lambda path: change(path, vocab_size=256), "the tokenizer has 257 ids, the embedding 256"),
+        (lambda path: (path / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda path: (path / "tokenizer.json").write_text("{}"), "not a tokenizer.json"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"12"), "truncated or damaged"),
+    ],
+)
+def test_bad_folders_are_2_one_line_and_nothing_is_left(call, folder, tmp_path, harm, says):
+    harm(folder)
+    code, _, err = call("import", f"--from={folder}", f"--to={tmp_path / 'run'}")
+    assert code == 2 and says in err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_bad_arguments_are_2_and_one_line(call, folder, tmp_path):
+    for arguments, says in (
+        (["import", f"--from={folder}"], "--to is missing"),
+        (["import", "--from=nowhere", f"--to={tmp_path / 'run'}"], "--from=nowhere: is not there"),
+        (["import", f"--from={folder}", f"--to={folder}"], "is there already"),
+        (
+            ["import", f"--from={folder}", f"--to={tmp_path / 'x'}", "--dtype=float16"],
+            "must be one",
+        ),
+        (["export", f"--from={tmp_path}", f"--to={tmp_path / 'x'}"], "no run here"),
+        (["improt"], "did you mean 'import'?"),
+    ):
+        code, _, err = call(*arguments)
+        assert code == 2 and says in err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_what_no_family_computes_is_not_exported(call, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = replace(CONFIG, model={"norm": "layer"})
+    claim(tmp_path / "run", config)
+    code, _, err = call("export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
+    assert code == 2 and "no family of transformers computes this" in err
+    assert not (tmp_path / "out").exists()
