@@ -42,10 +42,15 @@ class Folder:
         path = self.local / name
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with path.open("x") as file:
-                file.write(text)
+            file = path.open("x")
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(text)
+        except OSError:  # a full disk: what holds nothing must not hold others off
+            path.unlink()
+            raise
         return True
 
     def fetch(self, names: Iterable[str]) -> None:

@@ -28,7 +28,12 @@ def train(config: Config, workdir, *, programs, dataset, progress, start_from) -
         log.write(f"{config.name} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     if (orders / "pause").exists():
         time.sleep(float((orders / "pause").read_text()))
-    for order, obey in (("fail", _fail), ("kill", _kill), ("interrupt", _interrupt)):
+    for order, obey in (
+        ("fail", _fail),
+        ("kill", _kill),
+        ("end", _end),
+        ("interrupt", _interrupt),
+    ):
         for path in orders.glob(f"{order}-{config.name}*"):
             path.unlink()
             print(f"about to {order}", flush=True)
@@ -82,6 +87,10 @@ def _fail() -> None:
 
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _interrupt() -> None:

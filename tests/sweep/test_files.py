@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -66,6 +68,22 @@ def test_of_many_who_create_a_file_one_is_told_so(place):
     for thread in threads:
         thread.join()
     assert won == [place.read("leases/r.1.json")]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    full = tmp_path / "study" / "leases"
+    full.mkdir(parents=True)
+    place = files.Folder(tmp_path / "study")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # to the writer the same
+    try:
+        with pytest.raises(OSError):
+            place.create("leases/r.1.json", "x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(full.iterdir())
 
 
 def test_a_store_that_overwrites_what_it_should_create_is_seen_through(bucket, monkeypatch):

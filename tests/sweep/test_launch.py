@@ -120,6 +120,15 @@ def test_a_killed_worker_is_replaced_and_its_run_done(config, tmp_path, undistur
     assert code == 0 and rows(tmp_path) == undisturbed
 
 
+def test_a_worker_that_is_told_to_end_does_not_count(config, tmp_path, undisturbed):
+    ended = first_id(config)
+    for i in range(3):
+        (tmp_path / f"end-{ended}-{i}").touch()
+    _, code, printed = run(config, tmp_path, processes)
+    assert printed.count("its worker ended by SIGTERM: about to end; trying again") == 3
+    assert code == 0 and rows(tmp_path) == undisturbed
+
+
 def test_a_run_that_kills_its_worker_three_times_is_set_aside(config, tmp_path, undisturbed):
     killing = first_id(config)
     for i in range(3):
