@@ -13,9 +13,9 @@ def get_config():
     config.train.steps_per_dispatch = 4
     config.train.checkpoint_every = 20
     config.train.tensorboard = False
-    config.sweep.budgets = (5e8, 1e9)
-    config.sweep.sizes = 4
-    config.sweep.widths = (8, 16, 24, 32)
+    config.sweep.budgets = (2.5e8, 5e8, 1e9, 2e9)
+    config.sweep.sizes = 2
+    config.sweep.widths = (8, 16)  # two programs in all: starting again costs little else
     config.sweep.first_optimum = 10_000.0
     config.sweep.spread = 3.0
     return config
