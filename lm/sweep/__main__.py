@@ -8,7 +8,7 @@ Writes runs.csv and curves.csv into the workdir, for ``python -m lm.fit --runs=W
 With --backend=inline on many hosts, the same command on each (see lm.train), a run has all of them.
 
 Any number of these commands may share a workdir that all see: a folder, or a URL that fsspec knows.
-Each takes runs that no other has, and those of one that died. On a cluster, Ray or SLURM start them:
+Each takes runs that no other has, and those of one that died. Ray or SLURM start workers elsewhere:
 
     python -m lm.sweep --config=FILE --workdir=DIR --backend=ray --gpus=4
     python -m lm.sweep --config=FILE --workdir=DIR --backend=slurm --workers=16 --gpus=8 \
