@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.command import BadInput
@@ -216,12 +217,14 @@ def stores_parts() -> bool:
     return placement is not None and placement[1].params["embed"] is not None
 
 
-def all_but_moved(primitive, *_, **__) -> bool:
+def all_but_moved(primitive, *_, new_dtype=None, **__) -> bool:
     """A rematerialisation policy: keeps all but what was only moved between devices.
 
     Under ZeRO's third stage every layer's whole parameters would else wait for the backward pass.
     """
-    return primitive.name != "sharding_constraint"
+    # jax rounds what it keeps to the type's bits as if they were IEEE's: e4m3fn above 240 is lost.
+    fp8 = new_dtype is not None and jnp.dtype(new_dtype).name.startswith("float8")
+    return primitive.name != "sharding_constraint" and not fp8
 
 
 def gather(kernel: jax.Array, *logical: str | None) -> jax.Array:

@@ -107,9 +107,9 @@ def walks():
 
 
 @functools.cache
-def losses(quantization, **mesh):
-    config = replace(CONFIG, model={"quantization": quantization}, mesh=mesh)
-    program = Program(config, make_mesh(config.mesh, jax.devices()[: config.mesh.data]))
+def losses(quantization):
+    config = replace(CONFIG, model={"quantization": quantization})
+    program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
     schedule = Schedule(0.01, 1.0, 5.0, 5.0, 60.0, 0.0)
     _, metrics = program.train(program.init(seed=1), program.put(walks()), 60, schedule)
     return np.asarray(metrics.loss)
@@ -123,18 +123,29 @@ def test_a_decoder_trains_as_in_float32(quantization):
     assert np.abs(found - plain).max() > 1e-5  # and not by doing the same
 
 
-def test_over_devices_it_is_the_same_run_but_for_roundings_that_fall_differently():
-    found = losses("int8", data=4, zero=3)
-    np.testing.assert_allclose(found[:10], losses("int8")[:10], rtol=2e-3)
+def gradient(model, **mesh):
+    """A function of parameters, traced and called under its program's mesh; the program."""
+    config = replace(CONFIG, model=model, mesh=mesh)
+    program = Program(config, make_mesh(config.mesh, jax.devices()[: config.mesh.data]))
+    batch = jax.tree.map(lambda x: x[0], walks())
+    return jax.jit(jax.grad(lambda params: program._nats(params, batch))), program
 
 
 def gradient_text(model):
-    config = replace(CONFIG, model=model)
-    program = Program(config, make_mesh(config.mesh, jax.devices()[:1]))
-    batch = jax.tree.map(lambda x: x[0], walks())
+    function, program = gradient(model)
     with jax.set_mesh(program.mesh), placed(program.mesh, program.layout):
-        gradient = jax.grad(lambda params: program._nats(params, batch))
-        return jax.jit(gradient).lower(program.abstract_state.params).as_text(), program
+        return function.lower(program.abstract_state.params).as_text(), program
+
+
+def test_over_devices_it_is_the_same_gradient(quick_compilation):
+    """In fp8; int8's scale lays a row's extreme on a tie, which may fall either way."""
+    found = []
+    for mesh in ({"data": 1}, {"data": 4, "zero": 3}):
+        function, program = gradient({"quantization": "fp8"}, **mesh)
+        with jax.set_mesh(program.mesh), placed(program.mesh, program.layout):
+            found.append(jax.device_get(function(program.init(seed=1).params)))
+    one, four = (np.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for g in found)
+    assert np.linalg.norm(one - four) < 2e-3 * np.linalg.norm(one)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
