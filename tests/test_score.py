@@ -34,7 +34,8 @@ def test_without_weights_every_token_counts():
 
 def test_counts_beyond_float32_are_exact():
     tokens = np.zeros((1, 1), np.int32)
-    found = score(lambda _: 1.0, [Batch(tokens, tokens)] * 2, np.array([2**24 + 1], np.int32))
+    batch = Batch(tokens, tokens, np.ones((1, 1), np.float32))
+    found = score(lambda _: 1.0, [batch] * 2, np.array([2**24 + 1], np.int32))
     assert found.bits_per_byte == 2 / math.log(2) / (2**25 + 2)
 
 
