@@ -26,6 +26,7 @@ from rich.console import Console
 from lm import command
 from lm.command import BadInput, one_of
 from lm.report.comparison import compare, read_law_file
+from lm.report.expert_loads import read_expert_loads
 from lm.report.study import APPROACH_NAMES, Study, column
 from lm.report.terminal import print_exponents
 from lm.scaling import (
@@ -236,7 +237,7 @@ def write(study: Study, out: str | Path) -> None:
     from lm.report import figures, page
 
     out = Path(out)
-    drawn = figures.figures(study.fits, study.runs, study.curves)
+    drawn = figures.figures(study.fits, study.runs, study.curves, study.experts)
     text = page.page(study, drawn)
     law = json.dumps(study.law, indent=1, allow_nan=False, ensure_ascii=False)
     law = _NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", law)
@@ -250,7 +251,7 @@ def _study(paths, curves, progress) -> Study:
     """The study of the tables at `paths`, by the flags."""
     columns = dict(_pair(text) for text in FLAGS.columns)
     runs, curves = read(paths, curves, columns, FLAGS.loss_unit)
-    return fit(
+    study = fit(
         runs,
         curves,
         approaches=FLAGS.approaches,
@@ -264,6 +265,7 @@ def _study(paths, curves, progress) -> Study:
         seed=FLAGS.seed,
         progress=progress,
     )
+    return dataclasses.replace(study, experts=read_expert_loads(paths, runs))
 
 
 def _other_law(text: str, progress) -> dict:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from lm.report.expert_loads import FULL_LOAD, ExpertLoads
 from lm.report.notation import count, power
 from lm.report.study import APPROACH_NAMES
 from lm.scaling import AllocationFit, CurveTable, EnvelopeFit, IsoflopFit, ParametricFit, RunTable
@@ -59,7 +60,10 @@ WIDTH = 9.4  # inches at 72 points; the page shows it at its own width
 
 
 def figures(
-    fits: dict[str, AllocationFit], runs: RunTable, curves: CurveTable | None
+    fits: dict[str, AllocationFit],
+    runs: RunTable,
+    curves: CurveTable | None,
+    experts: ExpertLoads | None = None,
 ) -> dict[str, str]:
     """Every figure that the fits allow, SVG by name."""
     drawn = {}
@@ -71,6 +75,8 @@ def figures(
             drawn["envelope"] = _svg(envelope(fits["envelope"], curves))
         if "parametric" in fits:
             drawn["parametric"] = _svg(parametric(fits["parametric"], runs))
+        if experts is not None:
+            drawn["experts"] = _svg(expert_loads(experts))
     return drawn
 
 
@@ -282,6 +288,31 @@ def parametric(fit: ParametricFit, runs: RunTable) -> Figure:
 _COLOUR_MAP = matplotlib.colors.LinearSegmentedColormap.from_list(
     "budgets", ["#3b1f6b", "#2f4b9f", "#1f7fb0", "#1aa28c", "#7fb83a", "#d9a514"]
 )
+
+
+def expert_loads(loads: ExpertLoads) -> Figure:
+    """A heat map of load over fair share: experts, layer under layer, against tokens."""
+    n_layers, n_experts = loads.load_PLE.shape[1:]
+    figure, axes = _figure(min(1.2 + 0.09 * n_layers * n_experts, 7.0))
+    image = axes.pcolormesh(
+        np.append(0, loads.tokens_P),
+        np.arange(n_layers * n_experts + 1),
+        loads.load_PLE.reshape(len(loads.tokens_P), -1).T * n_experts,
+        norm=matplotlib.colors.TwoSlopeNorm(1.0, 0.0, FULL_LOAD),
+        cmap="RdBu_r",
+        rasterized=True,
+    )
+    for i in range(1, n_layers):
+        axes.axhline(i * n_experts, color="white", lw=1.5)
+    axes.set_yticks((np.arange(n_layers) + 0.5) * n_experts, loads.layers_L)
+    axes.grid(False)
+    axes.invert_yaxis()
+    axes.set(xlabel="tokens", ylabel=f"layer, its {n_experts} experts")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=34)
+    bar.set_label("load over fair share")
+    bar.outline.set_visible(False)
+    return figure
 
 
 def _log_norm(values):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.report import html
+from lm.report.expert_loads import FULL_LOAD
 from lm.report.html import cell
 from lm.report.notation import (
     MISSING,
@@ -71,6 +72,7 @@ def page(study: Study, figures: dict[str, str]) -> str:
         _allocation(figures),
         _envelope(study, figures),
         _parametric(study, figures),
+        _experts(study, figures),
         _accounting(study),
         _held_out(study),
         _comparison(study),
@@ -313,6 +315,21 @@ def _parametric(study: Study, figures: dict[str, str]) -> str:
         )
         + html.table(("constant", "fitted", "80 %", "95 %"), rows)
         + _goodness(fit, ended)
+    )
+
+
+def _experts(study: Study, figures: dict[str, str]) -> str:
+    loads = study.experts
+    if loads is None:
+        return ""
+    last_LE = loads.load_PLE[-1]
+    return "<h2>Load of the experts</h2>" + html.figure(
+        figures["experts"],
+        f"Run {escape(loads.run_id)}, the best of the highest budget. White is an expert with its"
+        f" fair share of the tokens, blue fewer, red more (full at {FULL_LOAD:g} times). At the end"
+        f" the busiest expert of a layer had {last_LE.max() * last_LE.shape[1]:.2f} times its"
+        f" share, experts without any token: {(last_LE == 0).sum()}, and"
+        f" {loads.dropped_PL[-1].mean():.1%} of the choices were dropped for want of room.",
     )
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm.report.expert_loads import ExpertLoads
 from lm.scaling import AllocationFit, CurveTable, HeldOut, ParametricFit, RunTable
 
 SCHEMA = 1
@@ -58,6 +59,7 @@ class Study:
     held_out: dict[str, HeldOut] = field(default_factory=dict)
     unchecked: dict[str, str] = field(default_factory=dict)
     comparison: dict | None = None
+    experts: ExpertLoads | None = None  # of the best run, where it has any
 
     @property
     def headline(self) -> AllocationFit:

@@ -28,7 +28,9 @@ COLUMNS = (
     " data_seconds data optimizer"
 ).split()
 CURVE_COLUMNS = ("run_id", "tokens", "flops", "train_loss", "validation_loss")
+EXPERT_COLUMNS = ("run_id", "tokens", "layer", "dropped_share", "router_entropy", "load")
 POINTS_A_DECADE = 40  # of tokens, in curves.csv
+EXPERT_POINTS = 50  # of a run, in experts.csv
 
 
 class Store:
@@ -46,6 +48,7 @@ class Store:
         self.leases = Leases(self.files, owner)
         self._rows: dict[str, dict] = {}
         self._curves: dict[str, list[tuple]] = {}
+        self._loads: list[tuple] = []
 
     def folder(self, run_id: str) -> Path:
         """The folder of one run."""
@@ -99,7 +102,7 @@ class Store:
         }
 
     def write_tables(self) -> None:
-        """Writes ``runs.csv`` and ``curves.csv``.
+        """Writes ``runs.csv``, ``curves.csv`` and, where runs have experts, ``experts.csv``.
 
         Of launchers that write at once the last one wins, so each looks again after it wrote.
         """
@@ -114,12 +117,17 @@ class Store:
         for row in rows:
             if row["run_id"] not in self._curves:
                 self._curves[row["run_id"]] = _curve(self.folder(row["run_id"]))
-        write_atomically(
-            self.workdir / "runs.csv", _csv(COLUMNS, ([row[c] for c in COLUMNS] for row in rows))
-        )
+                self._loads += _loads(self.folder(row["run_id"]))
         points = ((row["run_id"], *point) for row in rows for point in self._curves[row["run_id"]])
-        write_atomically(self.workdir / "curves.csv", _csv(CURVE_COLUMNS, points))
-        self.files.publish(["runs.csv", "curves.csv"])
+        tables = {
+            "runs.csv": _csv(COLUMNS, ([row[c] for c in COLUMNS] for row in rows)),
+            "curves.csv": _csv(CURVE_COLUMNS, points),
+        }
+        if self._loads:
+            tables["experts.csv"] = _csv(EXPERT_COLUMNS, self._loads)
+        for name, text in tables.items():
+            write_atomically(self.workdir / name, text)
+        self.files.publish(list(tables))
 
 
 def _files(run_id: str) -> list[str]:
@@ -173,3 +181,19 @@ def _curve(folder: Path) -> list[tuple]:
         for lines in bins.values()
     ]
     return sorted(points, key=lambda point: point[0])
+
+
+def _loads(folder: Path) -> list[tuple]:
+    """``EXPERT_COLUMNS`` of a run's layers with experts, at even steps of its log."""
+    lines = [line for line in read_metrics(folder) if "expert_load" in line]
+    if not lines:
+        return []
+    chosen = np.unique(np.linspace(0, len(lines) - 1, EXPERT_POINTS).round().astype(int))
+    rows, config = [], json.loads((folder / "config.json").read_text())["config"]
+    layers = from_config_dict(config).model.moe_layers
+    for line in (lines[i] for i in chosen):
+        for j, layer in enumerate(layers):
+            load = " ".join(f"{share:.4g}" for share in line["expert_load"][j])
+            of_layer = (round(line[name][j], 5) for name in EXPERT_COLUMNS[3:5])
+            rows.append((folder.name, line["tokens"], layer, *of_layer, load))
+    return rows

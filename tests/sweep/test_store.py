@@ -51,6 +51,31 @@ def test_runs_csv(tmp_path):
     assert store.losses()["c10"] == 2.0 and math.isnan(store.losses()["c2"])
 
 
+def test_experts_csv_has_the_loads_of_the_layers_with_experts(tmp_path):
+    store = Store(tmp_path)
+    put(store, "dense")
+    store.scan()
+    store.write_tables()
+    assert not (tmp_path / "experts.csv").exists()
+    told = {"dropped_share": [0.0, 0.25], "router_entropy": [1.0, 0.5]}
+    told["expert_load"] = [[0.5, 0.5], [0.125, 0.875]]
+    lines = [{"step": n, "tokens": 10 * n, "flops": n, "train_loss": 3.0} for n in range(1, 101)]
+    put(store, "experts", metrics=[line | told for line in lines])
+    path = store.folder("experts") / "config.json"
+    config = replace(Config(), model={"moe": {"n_experts": 2, "every": 2}})
+    path.write_text(json.dumps({"config": to_dict(config)}))
+    store.scan()
+    store.write_tables()
+    rows = table(tmp_path / "experts.csv")
+    assert {row["run_id"] for row in rows} == {"experts"} and len(rows) == 2 * 50
+    assert rows[1] == {
+        "run_id": "experts", "tokens": "10", "layer": "3",
+        "dropped_share": "0.25", "router_entropy": "0.5", "load": "0.125 0.875",
+    }  # fmt: skip
+    assert rows[-1]["tokens"] == "1000"
+    assert [row["n_experts"] for row in table(tmp_path / "runs.csv")] == ["0", "2"]
+
+
 def test_the_tables_are_read_by_the_fits(tmp_path):
     from lm.scaling import read_curves, read_runs
 
