@@ -178,7 +178,12 @@ def slurm(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_slurm_finishes_every_run_once_though_a_job_is_queued_again(slurm, tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    "order",
+    [["scontrol", "requeue"], ["scancel", "--signal=USR2"]],
+    ids=["queued again", "told that its time is over"],
+)
+def test_slurm_finishes_every_run_once_though_a_job_is(order, slurm, tmp_path, undisturbed):
     workdir, backends = tmp_path / "study", []
 
     def start(store):
@@ -188,7 +193,7 @@ def test_slurm_finishes_every_run_once_though_a_job_is_queued_again(slurm, tmp_p
     def queue_again():
         wait_for_results(workdir, 2)
         job = f"{backends[0]._array}_0"
-        subprocess.run(["scontrol", "requeue", job], check=True)
+        subprocess.run([*order, job], check=True)
         while state(job) != "PENDING":
             time.sleep(0.2)
         # It would wait for two minutes, lest a broken machine takes it again at once.
