@@ -48,7 +48,7 @@ class Store:
         self.leases = Leases(self.files, owner)
         self._rows: dict[str, dict] = {}
         self._curves: dict[str, list[tuple]] = {}
-        self._loads: list[tuple] = []
+        self._loads: dict[str, list[tuple]] = {}
 
     def folder(self, run_id: str) -> Path:
         """The folder of one run."""
@@ -117,14 +117,14 @@ class Store:
         for row in rows:
             if row["run_id"] not in self._curves:
                 self._curves[row["run_id"]] = _curve(self.folder(row["run_id"]))
-                self._loads += _loads(self.folder(row["run_id"]))
+                self._loads[row["run_id"]] = _loads(self.folder(row["run_id"]))
         points = ((row["run_id"], *point) for row in rows for point in self._curves[row["run_id"]])
         tables = {
             "runs.csv": _csv(COLUMNS, ([row[c] for c in COLUMNS] for row in rows)),
             "curves.csv": _csv(CURVE_COLUMNS, points),
         }
-        if self._loads:
-            tables["experts.csv"] = _csv(EXPERT_COLUMNS, self._loads)
+        if loads := [line for row in rows for line in self._loads[row["run_id"]]]:
+            tables["experts.csv"] = _csv(EXPERT_COLUMNS, loads)
         for name, text in tables.items():
             write_atomically(self.workdir / name, text)
         self.files.publish(list(tables))
