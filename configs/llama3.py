@@ -12,21 +12,19 @@ The meshes are for v5p:4x4x4, v5p:8x8x8 and v5p:8x16x16 (``lm.estimate``, experi
 from configs import base
 from lm.command import one_of
 
-# Table 3: d_model, layers, heads, d_ff, peak learning rate; and tokens. Then our own: devices along
-# the model axis, micro-batches, what a layer keeps for its backward pass.
+# Table 3: d_model, layers, heads, d_ff, peak learning rate; and tokens. Then our own:
+# micro-batches, and what a layer keeps for its backward pass.
 SIZES = {
-    "8b": (4_096, 32, 32, 14_336, 3e-4, 15e12, 1, 16, "dots_with_no_batch_dims"),
-    "70b": (8_192, 80, 64, 28_672, 1.5e-4, 15e12, 2, 8, "dots_with_no_batch_dims"),
-    "405b": (16_384, 126, 128, 53_248, 8e-5, 15.6e12, 2, 2, "full"),
+    "8b": (4_096, 32, 32, 14_336, 3e-4, 15e12, 16, "dots_with_no_batch_dims"),
+    "70b": (8_192, 80, 64, 28_672, 1.5e-4, 15e12, 2, "full"),
+    "405b": (16_384, 126, 128, 53_248, 8e-5, 15.6e12, 1, "full"),
 }
 
 
 def get_config(size="8b"):
     """The 405B's recipe for all sizes, at its final batch of 16M tokens."""
     one_of("configs/llama3.py: the size", size, list(SIZES))
-    d_model, n_layers, n_heads, d_ff, learning_rate, tokens, tensor, micro_batches, kept = SIZES[
-        size
-    ]
+    d_model, n_layers, n_heads, d_ff, learning_rate, tokens, micro_batches, kept = SIZES[size]
 
     config = base.get_config()
     config.name = f"llama3_{size}"
@@ -61,6 +59,4 @@ def get_config(size="8b"):
     config.train.accumulation = micro_batches
     config.train.loss_chunk = 1_024
     config.mesh.zero = 3
-    config.mesh.model = tensor
-    config.mesh.sequence_sharded = tensor > 1
     return config

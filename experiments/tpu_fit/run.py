@@ -26,13 +26,12 @@ flags.DEFINE_bool("published", False, "only the published runs", flag_values=FLA
 
 _FULL, _DOTS = "model.remat=full", "model.remat=dots_with_no_batch_dims"
 _ONE = ("mesh.model=1", "train.accumulation=1")
-_TWO = ("mesh.model=2", "train.accumulation=1")  # with the residual sharded, as the configs have it
 # Config, topology, rows of the batch (0: the config's), settings.
 CASES = (
     ("configs/llama3.py:8b", "v5e:16x16", 768, (_FULL, *_ONE)),
     ("configs/llama3.py:8b", "v5p:4x4x4", 128, (_DOTS, *_ONE)),
-    ("configs/llama3.py:70b", "v5p:8x8x8", 256, (_DOTS, *_TWO)),
-    ("configs/llama3.py:405b", "v5p:4x4x8", 64, (_FULL, *_TWO)),
+    ("configs/llama3.py:70b", "v5p:8x8x8", 1024, (_FULL, *_ONE)),
+    ("configs/llama3.py:405b", "v5p:4x4x8", 64, (_FULL, "mesh.model=2", "train.accumulation=1")),
     ("configs/llama3.py:8b", "v6e:16x16", 1024, (_FULL, *_ONE)),
     ("configs/llama3.py:8b", "v5e:4x4", 64, (_FULL, *_ONE)),
     ("configs/isoflop_tpu.py", "v5e:2x4", 0, ("train.accumulation=1",)),
@@ -49,7 +48,7 @@ _BASE = ("model.feed_forward=gelu", "model.vocab_size=32000", "data.seq_len=2048
          "model.n_layers=64", "model.head_width=256", "mesh.zero=3")  # fmt: skip
 _64B = ("model.n_heads=64", "model.n_kv_heads=64", "model.d_ff=28672", "model.remat=full")
 _128B = ("model.n_heads=128", "model.n_kv_heads=128", "model.d_ff=57344", _DOTS)
-_LLAMA = (_FULL, *_ONE, "train.loss_chunk=0", "mesh.sequence_sharded=False")
+_LLAMA = (_FULL, *_ONE, "train.loss_chunk=0")
 _LLAMA2 = ("model.vocab_size=32000", "data.seq_len=4096")
 # Name, config, topology, rows, settings, tokens a second and chip or None, MFU.
 PUBLISHED = (

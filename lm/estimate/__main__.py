@@ -107,7 +107,13 @@ def _as_it_is(config: Config, on: Topology, compile) -> dict:
     from lm.train.recipe import resolve
 
     sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, on.n_chips), strict=True))
-    rows = FLAGS.sequences or resolve(config, sizes["replica"] * sizes["data"]).sequences
+    shards = sizes["replica"] * sizes["data"]
+    rows = FLAGS.sequences or resolve(config, shards).sequences
+    if rows % (shards * config.train.accumulation):
+        raise BadInput(
+            f"--sequences={rows}: must be a multiple of the mesh's replica x data, {shards},"
+            f" times train.accumulation = {config.train.accumulation}"
+        )
     result = _on_mesh(config, sizes, rows)
     estimated = result["memory"]["total"]
     compiled = compile(config, rows) if compile else None

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from lm.config import MESH_AXES
+from lm.config import MESH_AXES, Config, replace
 from lm.config_file import load
 from lm.estimate.__main__ import largest_run
 from lm.estimate.memory import device_memory, fuses_attention
@@ -74,6 +74,21 @@ def test_lowers_and_gives_each_device_the_bytes_that_arithmetic_expects(placed):
         whole = sum(x.size * 4 for x in jax.tree.leaves(state.params))
         shares = sizes["data"] * sizes["model"]
         assert expected.parameters == pytest.approx(whole / shares, rel=0.02)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("experts", ["data", "model"])
+def test_bytes_with_experts_on_either_axis_and_fewer_kv_heads_than_devices(experts, zero):
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"data": 2, "model": 4, "replica": 2}
+    moe = {"n_experts": 4, "every": 2, "n_shared": 1}
+    config = replace(
+        Config(),
+        model={"n_layers": 4, "n_kv_heads": 2, "vocab_size": 64, "scan_layers": True, "moe": moe},
+        mesh={**sizes, "experts": experts, "zero": zero},
+    )
+    program = Program(config, AbstractMesh(tuple(sizes.values()), MESH_AXES))
+    found = device_bytes(program.abstract_state.params, program.state_sharding.params)
+    assert found == pytest.approx(device_memory(config, sizes, 8).parameters)
 
 
 def test_fits_its_slice_by_arithmetic_and_lies_on_its_torus(placed):

@@ -92,9 +92,12 @@ def test_one_that_does_not_fit_is_given_the_nearest_that_does(capsys, compiler):
     assert code == 0 and err.count("compiling for v5e:16x16") == 2
     assert "does not fit: 23.4 GiB of 15.75" in out
     assert "the nearest that does: --config." in out and "fits: 14.0 GiB of 15.75" in out
-    compiler += [23.4, 14.0]
+    compiler += [800.0, 14.0]
     found = told(capsys, *arguments)
     assert not found["fits"] and found["nearest"]["fits"] and found["nearest"]["changes"]
+    # The compiler found more than was estimated, and so it would of the other.
+    more = 800.0 * GIB / found["memory"]["total"]
+    assert more > 1 and found["nearest"]["memory"]["total"] * more <= 15.75 * GIB
 
 
 def test_without_compiling_the_arithmetic_decides(capsys):
@@ -126,6 +129,7 @@ def test_a_studys_largest_run_is_estimated(capsys):
         (["--config=configs/tiny.py", "--topology=v7:3x4"], "must be one of v4, v5e, v5p, v6e"),
         ([LLAMA, "--topology=v5e:4x4", "--config.mesh.data=3"], "must multiply to the 16 devices"),
         ([LLAMA, "--topology=v5e:4x4", "--sequences=0"], "sequences"),
+        ([LLAMA, "--topology=v5e:4x4", "--sequences=20"], "must be a multiple of"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(capsys, arguments, line):
