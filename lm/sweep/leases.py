@@ -52,8 +52,9 @@ class Leases:
 
     def __init__(self, files: Folder, owner: str = ""):
         self._files = files
-        self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
         self._nonce = uuid.uuid4().hex  # of this process
+        # Containers may share a host's name and their processes a number: no name is two's.
+        self._owner = owner or f"{socket.gethostname()}:{os.getpid()}:{self._nonce[:6]}"
         self._attempts: dict[str, list[Attempt]] = {}
         self._held: dict[str, tuple[int, Attempt]] = {}  # run_id -> (N, it)
         self._writing = threading.Lock()  # a renewal must not undo an end

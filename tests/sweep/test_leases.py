@@ -126,6 +126,10 @@ def test_one_of_an_earlier_process_of_the_same_name_is_free_at_once(worker):
     assert not worker("ray-2").claim("a") and worker("ray-1").claim("a")
 
 
+def test_without_a_name_no_two_have_the_same(worker):
+    assert worker("").claim("a") and not worker("").claim("a")
+
+
 def test_one_that_is_not_yet_written_is_a_lease(worker, tmp_path, monkeypatch):
     (tmp_path / "leases").mkdir()
     (tmp_path / "leases/a.1.json").touch()
