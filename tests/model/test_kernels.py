@@ -162,8 +162,8 @@ def assert_all_close(given, expected):
     ("window", "soft_cap", "documents", "mesh"),
     [
         (0, 0.0, False, None),
-        (130, 0.5, True, None),
-        (100, 0.0, True, SPLIT_HEADS),
+        (30, 0.5, True, None),
+        (30, 0.0, True, SPLIT_HEADS),
         (0, 0.5, True, SPLIT_POSITIONS),
     ],
 )
@@ -193,7 +193,7 @@ def test_splash_under_a_pipelines_map_over_stages(quick_compilation, blocks):
 
 @pytest.mark.parametrize(
     ("window", "documents", "mesh"),
-    [(0, False, None), (100, True, None), (100, True, SPLIT_HEADS)],
+    [(0, False, None), (30, True, None), (30, True, SPLIT_HEADS)],
 )
 def test_what_cudnn_is_asked_for_is_einsum(blocks, window, documents, mesh):
     """The same call with jax's own implementation, which runs here."""
