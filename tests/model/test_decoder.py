@@ -15,7 +15,7 @@ from jax.tree_util import keystr, tree_map_with_path
 from scipy.special import expit, softmax
 
 from lm import arithmetic
-from lm.config import ModelConfig, RopeScalingConfig
+from lm.config import ModelConfig, MoeConfig, RopeScalingConfig
 from lm.model import Decoder, cross_entropy
 
 T = 7
@@ -398,7 +398,7 @@ def test_the_first_loss_is_that_of_guessing():
         ModelConfig,
         vocab_size=st.integers(2, 40),
         d_model=st.sampled_from([8, 12]),
-        n_layers=st.integers(1, 3),
+        n_layers=st.integers(2, 3),
         n_heads=st.just(4),
         n_kv_heads=st.sampled_from([1, 2, 4]),
         head_width=st.sampled_from([0, 2, 6]),
@@ -411,6 +411,18 @@ def test_the_first_loss_is_that_of_guessing():
         qkv_bias=st.booleans(),
         qk_norm=st.booleans(),
         scan_layers=st.booleans(),
+        moe=st.one_of(
+            st.just(MoeConfig()),
+            st.builds(
+                MoeConfig,
+                n_experts=st.integers(2, 5),
+                top_k=st.integers(1, 2),
+                n_shared=st.integers(0, 2),
+                expert_d_ff=st.integers(0, 7),
+                first_dense=st.sampled_from([0, 0, 1]),
+                bias_rate=st.sampled_from([0.0, 0.1]),
+            ),
+        ),
     ),
     st.integers(1, 9),
 )
@@ -425,9 +437,11 @@ def test_the_tree_has_as_many_parameters_as_arithmetic_counts(config, seq_len):
     assert count.total == sum(sizes.values())
     assert count.embedding == of("'embedding'") and count.positions == of("'positions'")
     assert count.attention == of(*(f"'{n}']['kernel'" for n in ("query", "key", "value", "out")))
-    assert count.feed_forward == of("'feed_forward']")
+    assert count.routers == of("'router']['kernel'")
+    assert count.feed_forward == of("'feed_forward']") - of("'router']")
     assert count.norms == of("norm'")
-    assert count.biases == of(*(f"'{n}']['bias'" for n in ("query", "key", "value")))
+    balance = "'balance_bias'"
+    assert count.biases == of(*(f"'{n}']['bias'" for n in ("query", "key", "value")), balance)
     assert count.head == (of("'embedding'") if config.tied else of("'head'"))
 
 
