@@ -10,6 +10,7 @@ from lm.config import Config
 from lm.data import Batch
 from lm.model import Decoder, head_cross_entropy
 from lm.model.decoder import remat_policy, rematerialised, scanned
+from lm.model.rotary import laid_out
 from lm.sharding.pipeline import AXIS, pipelined
 
 
@@ -34,7 +35,7 @@ def nats(
 
     ``key`` is of the router's jitter, in training.
     """
-    model, n_micro = config.model, config.train.accumulation
+    model, n_micro = laid_out(config.model, config.data.seq_len), config.train.accumulation
     apply = partial(decoder.apply, {"params": params})
     over_stages = partial(jax.vmap, spmd_axis_name=AXIS)
     micro = micro_batches(batch, n_micro)
