@@ -118,27 +118,30 @@ def einsum(
     b, t, n, h = query_BTNH.shape
     k = key_BSKH.shape[2]
     query_BTKGH = query_BTNH.reshape(b, t, k, n // k, h) * h**-0.5
-    query_BKGTH = jnp.moveaxis(query_BTKGH, 1, 3)
+    query_BKTGH = query_BTKGH.swapaxes(1, 2)
     key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
-    out_BKGTH = _attend(query_BKGTH, key_BKSH, value_BKSH, mask_BTS, soft_cap)
-    return jnp.moveaxis(out_BKGTH, 3, 1).reshape(b, t, n, h)
+    out_BKTGH = _attend(query_BKTGH, key_BKSH, value_BKSH, mask_BTS, soft_cap)
+    return out_BKTGH.swapaxes(1, 2).reshape(b, t, n, h)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query_BKGTH, key_BKSH, value_BKSH, mask_BTS, soft_cap: float) -> jax.Array:
-    """softmax(q k^T) v, (B, K, G, T, H), with its gradient written out below.
+def _attend(query_BKTGH, key_BKSH, value_BKSH, mask_BTS, soft_cap: float) -> jax.Array:
+    """softmax(q k^T) v, (B, K, T, G, H), with its gradient written out below.
 
     XLA on CPU is slow at what autodiff makes of it: the score-sized arrays are copied into
     transposed order, and the softmax's row sum is fused with a product. Here the score-sized
     arrays enter every product as they lie, and the row sum is taken over H (Dao et al. 2022,
     FlashAttention, appendix B.2).
     """
-    return _attend_forward(query_BKGTH, key_BKSH, value_BKSH, mask_BTS, soft_cap)[0]
+    return _attend_forward(query_BKTGH, key_BKSH, value_BKSH, mask_BTS, soft_cap)[0]
 
 
-def _rows(x_BKGTS: jax.Array) -> jax.Array:
-    """Merges a head group's queries, so that every product is a plain batch of matrices."""
-    return x_BKGTS.reshape(*x_BKGTS.shape[:2], -1, x_BKGTS.shape[-1])
+def _rows(x_BKTGS: jax.Array) -> jax.Array:
+    """Merges a head group's queries, so that every product is a plain batch of matrices.
+
+    T comes before G, so that positions over several devices stay there.
+    """
+    return x_BKTGS.reshape(*x_BKTGS.shape[:2], -1, x_BKTGS.shape[-1])
 
 
 def _scores(query_BKRH: jax.Array, key_BKSH: jax.Array) -> jax.Array:
@@ -146,14 +149,14 @@ def _scores(query_BKRH: jax.Array, key_BKSH: jax.Array) -> jax.Array:
     return jnp.matmul(query_BKRH, key_BKSH.mT, preferred_element_type=jnp.float32)
 
 
-def _attend_forward(query_BKGTH, key_BKSH, value_BKSH, mask_BTS, soft_cap):
-    shape = query_BKGTH.shape
-    query_BKRH = _rows(query_BKGTH)
+def _attend_forward(query_BKTGH, key_BKSH, value_BKSH, mask_BTS, soft_cap):
+    shape = query_BKTGH.shape
+    query_BKRH = _rows(query_BKTGH)
     score_BKRS = _scores(query_BKRH, key_BKSH)
     if soft_cap:
         score_BKRS = soft_cap * jnp.tanh(score_BKRS / soft_cap)
-    score_BKGTS = score_BKRS.reshape(*shape[:4], -1)
-    score_BKRS = _rows(jnp.where(mask_BTS[:, None, None], score_BKGTS, MASKED))
+    score_BKTGS = score_BKRS.reshape(*shape[:4], -1)
+    score_BKRS = _rows(jnp.where(mask_BTS[:, None, :, None], score_BKTGS, MASKED))
     exp_BKRS = jnp.exp(score_BKRS - jnp.max(score_BKRS, -1, keepdims=True))
     total_BKR1 = jnp.sum(exp_BKRS, -1, keepdims=True)
     exp_BKRS = exp_BKRS.astype(value_BKSH.dtype)
@@ -163,9 +166,9 @@ def _attend_forward(query_BKGTH, key_BKSH, value_BKSH, mask_BTS, soft_cap):
     return out_BKRH.reshape(shape), saved
 
 
-def _attend_backward(soft_cap, saved, d_out_BKGTH):
+def _attend_backward(soft_cap, saved, d_out_BKTGH):
     query_BKRH, key_BKSH, value_BKSH, exp_BKRS, total_BKR1, out_BKRH = saved
-    d_out_BKRH = _rows(d_out_BKGTH) / total_BKR1
+    d_out_BKRH = _rows(d_out_BKTGH) / total_BKR1
     row_sum_BKR1 = jnp.sum(d_out_BKRH * out_BKRH, -1, keepdims=True)
     d_out_BKRH = d_out_BKRH.astype(out_BKRH.dtype)
     d_weight_BKRS = d_out_BKRH @ value_BKSH.mT
@@ -173,10 +176,10 @@ def _attend_backward(soft_cap, saved, d_out_BKGTH):
     if soft_cap:
         d_score_BKRS *= 1 - jnp.tanh(_scores(query_BKRH, key_BKSH) / soft_cap) ** 2
     d_score_BKRS = d_score_BKRS.astype(exp_BKRS.dtype)
-    d_query_BKGTH = (d_score_BKRS @ key_BKSH).reshape(d_out_BKGTH.shape)
+    d_query_BKTGH = (d_score_BKRS @ key_BKSH).reshape(d_out_BKTGH.shape)
     d_key_BKSH = (query_BKRH.mT @ d_score_BKRS).mT
     d_value_BKSH = (d_out_BKRH.mT @ exp_BKRS).mT
-    return d_query_BKGTH, d_key_BKSH, d_value_BKSH, None
+    return d_query_BKTGH, d_key_BKSH, d_value_BKSH, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
