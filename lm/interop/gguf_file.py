@@ -29,8 +29,9 @@ KEYS = {
     "rope_theta": "rope.freq_base",
 }
 # GGUF's names to transformers'; {i} is the layer.
+EMBEDDING = "model.embed_tokens.weight"
 OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
+    "token_embd.weight": EMBEDDING,
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
@@ -82,42 +83,40 @@ class GgufFile:
         if self._get(f"{kind}.expert_count"):
             raise BadInput(f"{path}: has experts; only dense models are read from GGUF files")
         given = {theirs: self._get(f"{kind}.{key}") for theirs, key in KEYS.items()}
-        self._rows = {t.name: t for t in reader.tensors}
-        names = {theirs: name for name in self._rows if (theirs := _name(name))}
-        self._names = names
+        self._tensors = {_name(tensor.name): tensor for tensor in reader.tensors}
         self.tensors = {
-            theirs: (tuple(int(n) for n in self._rows[name].shape[::-1]), "F32")
-            for theirs, name in names.items()
+            name: (tuple(int(n) for n in tensor.shape[::-1]), "F32")
+            for name, tensor in self._tensors.items()
         }
-        if unknown := self._rows.keys() - names.values():
-            raise BadInput(f"{path}: the tensor {min(unknown)}: is not known here")
+        if None in self.tensors:
+            raise BadInput(f"{path}: the tensor {self._tensors[None].name}: is not known here")
+        if EMBEDDING not in self.tensors:
+            raise BadInput(f"{path}: the tensor token_embd.weight: is missing")
         self.config = {key: value for key, value in given.items() if value is not None} | {
             "architectures": [ARCHITECTURES[kind]],
-            "vocab_size": self.tensors["model.embed_tokens.weight"][0][0],
+            "vocab_size": self.tensors[EMBEDDING][0][0],
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
         }
         if self._get(f"{kind}.rope.scaling.type") not in (None, "none"):
             raise BadInput(f"{path}: has scaled rotary positions; import the original folder")
         # llama.cpp turns neighbouring columns of a llama's heads, not the halves.
-        interleaved = kind == "llama"
-        self._heads = {
-            name: self.config[key]
-            for name, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
-            if interleaved
-        }
+        queries = self.config.get("num_attention_heads")
+        keys = self.config.get("num_key_value_heads", queries)
+        self._heads = {"q_proj": queries, "k_proj": keys} if kind == "llama" else {}
 
     def _get(self, key: str) -> Any:
         field = self._fields.get(key)
-        return None if field is None else field.contents()
+        value = None if field is None else field.contents()
+        # A float32's shortest digits: an epsilon of 1e-5, not of 9.999999747378752e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor, in float32."""
-        tensor = self._rows[self._names[name]]
-        shape, _ = self.tensors[name]
+        tensor = self._tensors[name]
         rows: Any = index[0]
         for projection, heads in self._heads.items():
             if projection in name:
-                pairs = np.arange(shape[0]).reshape(heads, -1, 2)
+                pairs = np.arange(self.tensors[name][0][0]).reshape(heads, -1, 2)
                 rows = pairs.swapaxes(1, 2).ravel()[rows]
         block = self._dequantize(tensor.data[rows], tensor.tensor_type)
         return block[(slice(None), *index[1:])]

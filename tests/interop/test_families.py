@@ -1,6 +1,7 @@
 """config.json and the decoder's settings: what is said, what is meant, what is refused."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -178,6 +179,20 @@ def test_the_family_that_computes_the_same_is_found_and_read_back(architecture):
         back, positions = from_transformers(written)
         assert canonical(back) == canonical(model) and positions == 64
     assert f"{architecture}ForCausalLM" in FAMILIES and len(EXPORTED) == len(FAMILIES)
+
+
+def test_the_papers_defaults_are_written_out():
+    scalings = {
+        "yarn": {"attention_factor": 0.1 * math.log(8) + 1, "beta_fast": 32.0, "beta_slow": 1.0},
+        "llama3": {"high_freq_factor": 4.0, "low_freq_factor": 1.0},
+    }
+    for kind, said in scalings.items():
+        model = dataclasses.replace(SMALL, rope_scaling=RopeScalingConfig(kind, 8.0, 16))
+        original = {"factor": 8.0, "original_max_position_embeddings": 16}
+        assert to_transformers(model, 128)["rope_scaling"] == {"rope_type": kind} | original | said
+    ntk = dataclasses.replace(SMALL, rope_scaling=RopeScalingConfig("ntk", 2.0))
+    written = to_transformers(ntk, 128)
+    assert written["rope_theta"] == 1e4 * 2 ** (8 / 6) and "rope_scaling" not in written
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,7 @@ def read(path):
 def test_config_and_tensors_are_those_that_were_written(write, architecture, changes):
     path, config, arrays = write(architecture, **changes)
     found, tensors = read(path)
-    assert found.model.norm_eps == pytest.approx(config.model.norm_eps)
-    assert replace(found, model={"norm_eps": config.model.norm_eps}).model == config.model
-    assert found.data.seq_len == 128
+    assert found.model == config.model and found.data.seq_len == 128
     assert tensors.keys() == arrays.keys()
     for name, x in arrays.items():
         np.testing.assert_array_equal(tensors[name], x, err_msg=name)
