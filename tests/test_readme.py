@@ -1,6 +1,6 @@
 """Every command of the README runs: in continuous integration, or here with small settings.
 
-The two for accelerators are not run; their configs load.
+Those for accelerators are not run; their configs load.
 """
 
 import os
@@ -21,10 +21,11 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.strip().splitlines()
 ]
-TUTORIAL = [command for command in COMMANDS if "my_text" in command or "runs/mine" in command]
+TUTORIAL = [c for c in COMMANDS if re.search("my_text|runs/mine|runs/tiny", c)]
 TUTORIAL = [command for command in TUTORIAL if "lm.plan" not in command]
+ESTIMATES = [c for c in COMMANDS if "lm.estimate" in c and "--topology" not in c]
 PLANS = [command for command in COMMANDS if "lm.plan" in command]
-ON_ACCELERATORS = [command for command in COMMANDS if "--workdir=DIR" in command]
+ON_ACCELERATORS = [c for c in COMMANDS if re.search("--workdir=DIR|--topology", c)]
 SMALL_DATA = ["--config.data.seq_len=32", "--config.data.validation_tokens=1024"]
 SMALL = {
     "lm.data": SMALL_DATA,
@@ -76,9 +77,9 @@ def test_pages_are_whole(page):
 def test_every_command_is_run_somewhere():
     continuous = (ROOT / ".ci" / "run").read_text().splitlines()
     assert {"make test", "make isoflop STUDY=smoke", "make test-slow"} <= set(continuous)
-    known = {"make isoflop", "make test", *TUTORIAL, *PLANS, *ON_ACCELERATORS}
+    known = {"make isoflop", "make test", *TUTORIAL, *PLANS, *ESTIMATES, *ON_ACCELERATORS}
     assert [command for command in COMMANDS if command not in known] == []
-    assert len(TUTORIAL) == 5 and len(PLANS) == 3 and len(ON_ACCELERATORS) == 2
+    assert [len(x) for x in (TUTORIAL, PLANS, ESTIMATES, ON_ACCELERATORS)] == [8, 3, 1, 3]
 
 
 @pytest.mark.slow
@@ -88,6 +89,11 @@ def test_the_tutorial_goes_from_text_to_a_plan(folder):
         run(command, folder, *more)
     found = {path.name for path in (folder / "runs" / "mine").iterdir()}
     assert {"runs.csv", "curves.csv", "law.json", "report.html"} <= found
+
+
+@pytest.mark.parametrize("command", ESTIMATES)
+def test_estimates_count_parameters(command, folder):
+    assert "8,030,261,248" in run(command, folder)
 
 
 @pytest.mark.parametrize("command", PLANS[1:])
