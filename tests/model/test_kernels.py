@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.command import BadInput
-from lm.config import Config, DataConfig, MeshConfig, ModelConfig
+from lm.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from lm.model.kernels import attend, choose_kernel, cudnn, einsum, splash, visible
 from lm.sharding import layout, make_mesh, placed
 
@@ -146,8 +146,13 @@ def on(mesh, trace):
     """``trace()`` under a mesh of the eight devices, which the model's heads and rows divide."""
     if mesh is None:
         return trace()
-    model = ModelConfig(d_model=64, n_heads=HEADS, n_kv_heads=KV_HEADS)
-    config = Config(model=model, data=DataConfig(seq_len=SEQ), mesh=MeshConfig(**mesh))
+    model = ModelConfig(d_model=64, n_heads=HEADS, n_kv_heads=KV_HEADS, scan_layers=True)
+    config = Config(
+        model=model,
+        data=DataConfig(seq_len=SEQ),
+        train=TrainConfig(accumulation=2),
+        mesh=MeshConfig(**mesh),
+    )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), placed(mesh, layout(config, mesh)):
         return trace()
