@@ -119,7 +119,7 @@ class Leases:
         def renew() -> None:
             while not stop.wait(SECONDS / 4):
                 with self._writing, contextlib.suppress(OSError):  # the next time, then
-                    for run_id, (n, attempt) in self._held.items():
+                    for run_id, (n, attempt) in list(self._held.items()):  # claims go on
                         self._write(run_id, n, attempt)
 
         thread = threading.Thread(target=renew, daemon=True)
