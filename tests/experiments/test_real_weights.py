@@ -1,6 +1,7 @@
 """Published weights answer a question; opt-in, as it fetches 93 MB: LM_REAL_WEIGHTS=1."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,8 @@ def test_it_answers_in_english(workdir):
 
 
 def test_bits_per_byte_on_prose(workdir, tmp_path):
-    prose = run.bits_per_byte(workdir, os.environ.get("LM_DATA_DIR", str(tmp_path)), 4)
-    assert 0.7 < prose["bits_per_byte"] < 1.2
-    turned = run.bits_per_byte(workdir, os.environ.get("LM_DATA_DIR", str(tmp_path)), 4, True)
-    assert turned["bits_per_byte"] > 1.5 * prose["bits_per_byte"]
+    data_dir = Path(os.environ.get("LM_DATA_DIR", tmp_path))
+    speeches_BT = run.windows(workdir, data_dir, 4)["sotu"]
+    prose = run.bits_per_byte(workdir, speeches_BT)["bits_per_byte"]
+    assert 0.8 < prose < 1.15
+    assert run.bits_per_byte(workdir, speeches_BT, turned=True)["bits_per_byte"] > 1.5 * prose
