@@ -31,7 +31,9 @@ def interleaved(x, heads):
 def write(tmp_path):
     """``write(architecture, model, **changed) -> (path, config, the tensors in float32)``."""
 
-    def write(architecture="llama", quantised=False, metadata=(), extra=(), **changes):
+    def write(
+        architecture="llama", quantised=False, metadata=(), extra=(), cuts="smollm", **changes
+    ):
         config = replace(Config(), model={**MODEL, **changes})
         model = config.model
         arrays = theirs(config, random_params(config)).arrays
@@ -53,7 +55,7 @@ def write(tmp_path):
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokens = TOKENS + letters + ["Ġt", "he", "Ġthe"]
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
+        writer.add_tokenizer_pre(cuts)
         writer.add_token_list(tokens)
         writer.add_token_types([3] * len(TOKENS) + [1] * (len(tokens) - len(TOKENS)))
         writer.add_token_merges(["Ġ t", "h e", "Ġt he"])
@@ -123,8 +125,9 @@ def test_quantised_rows_come_back_close(write):
         assert error <= np.abs(x).max() * (1 / 254 + 2**-11) and (error > 0) == (x.ndim == 2)
 
 
-def test_the_tokenizer_is_made_of_the_files_own_vocabulary(write, tmp_path):
-    path, _, _ = write()
+@pytest.mark.parametrize("cuts", CUTS)
+def test_the_tokenizer_is_made_of_the_files_own_vocabulary(write, tmp_path, cuts):
+    path, _, _ = write(cuts=cuts)
     files = GgufFile(path).companions()
     (tmp_path / "tokenizer.json").write_bytes(files["tokenizer.json"])
     tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
