@@ -49,16 +49,17 @@ class Block(nn.Module):
         """The residual stream, and how the layer routed its tokens (None: it has no experts)."""
 
         def attend(y_BTD):
-            y_BTD = constrain(y_BTD, "batch", "positions", "features")
+            y_BTD = constrain(y_BTD, "batch", "positions", "features", gradient="sequence")
             y_BTD = self.attention(y_BTD, positions_BT, segments_BT)
-            return constrain(y_BTD, "batch", "sequence", "features")
+            return constrain(y_BTD, "batch", "sequence", "features", gradient="positions")
 
         def feed_forward(y_BTD):
-            y_BTD = constrain(y_BTD, "batch", "positions", "features")
+            y_BTD = constrain(y_BTD, "batch", "positions", "features", gradient="sequence")
             y_BTD, routing = self.feed_forward(y_BTD), None
             if self.routes:
                 y_BTD, routing = y_BTD
-            return constrain(y_BTD, "batch", "sequence", "features"), routing
+            y_BTD = constrain(y_BTD, "batch", "sequence", "features", gradient="positions")
+            return y_BTD, routing
 
         if self.config.norm_position == "pre":
             x_BTD += attend(self.attention_norm(x_BTD))

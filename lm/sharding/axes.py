@@ -176,13 +176,21 @@ def named_sharding(mesh: Mesh, layout: Layout, *logical: str | None) -> NamedSha
     return NamedSharding(mesh, _spec(logical, layout.computed))
 
 
-def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins an activation's layout. Raises ``ValueError`` as ``partitioned`` does."""
+def constrain(x: jax.Array, *logical: str | None, gradient: str | None = None) -> jax.Array:
+    """Pins an activation's layout. Raises ``ValueError`` as ``partitioned`` does.
+
+    ``gradient``: the second axis of its gradient's layout, where that is another. What is split in
+    the forward pass is gathered in the backward pass (Korthikanti et al. 2022, figure 5); left to
+    itself XLA may gather the whole batch instead.
+    """
     _spec(logical, COMPUTED)
     placement = _placement.get()
     if placement is None:
         return x
-    return jax.lax.with_sharding_constraint(x, named_sharding(*placement, *logical))
+    place = named_sharding(*placement, *logical)
+    if gradient is None:
+        return jax.lax.with_sharding_constraint(x, place)
+    return _gather(x, place, named_sharding(*placement, logical[0], gradient, *logical[2:]))
 
 
 def devices_along(logical: str) -> int:

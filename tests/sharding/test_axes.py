@@ -111,6 +111,26 @@ def test_the_residual_stream_is_split_over_model_when_asked():
     assert table.computed["positions"] == "context"
 
 
+def test_a_gradient_may_lie_otherwise_than_its_activation():
+    """Split in the forward pass, gathered in the backward pass; values as they were."""
+    mesh, table = place(data=4, model=2, sequence_sharded=True)
+    split, whole = (
+        named_sharding(mesh, table, "batch", axis, "features") for axis in ("sequence", "positions")
+    )
+    assert split.spec != whole.spec
+
+    def loss(x_BTD):
+        y_BTD = constrain(x_BTD, "batch", "sequence", "features", gradient="positions")
+        return jnp.sum(y_BTD**2), y_BTD
+
+    x_BTD = jnp.arange(4.0 * 8 * 16).reshape(4, 8, 16)
+    with jax.set_mesh(mesh), placed(mesh, table):
+        (_, y_BTD), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(x_BTD)
+    assert y_BTD.sharding.is_equivalent_to(split, 3)
+    assert gradient.sharding.is_equivalent_to(whole, 3)
+    assert (gradient == 2 * x_BTD).all()
+
+
 def test_is_split_knows_what_is_being_traced():
     assert not is_split("positions")
     with placed(*place(data=8)):
