@@ -22,6 +22,19 @@ class Slots(NamedTuple):
     slot_BTk: jax.Array  # of the expert; C or more where the choice is dropped
 
 
+def best(score_BTE: jax.Array, k: int) -> jax.Array:
+    """The k experts of the highest scores, best first; of equals the first: (B, T, k).
+
+    As ``jax.lax.top_k`` has it; but that one, XLA gathers from all devices before it begins.
+    """
+    experts = []
+    for _ in range(k):
+        experts.append(jnp.argmax(score_BTE, -1))
+        taken_BTE = jax.nn.one_hot(experts[-1], score_BTE.shape[-1], dtype=bool)
+        score_BTE = jnp.where(taken_BTE, -jnp.inf, score_BTE)
+    return jnp.stack(experts, -1)
+
+
 def by_position(expert_BTk: jax.Array, n_experts: int, capacity: int) -> Slots:
     """Every expert takes the first ``capacity`` choices of it in each sequence, by position.
 
@@ -50,7 +63,7 @@ def by_score(score_BTE: jax.Array, capacity: int) -> Slots:
     n_tokens, n_experts = score_BTE.shape[1:]
 
     def pick(score_TE):
-        token_EC = jax.lax.top_k(score_TE.T, capacity)[1]
+        token_EC = jnp.argsort(score_TE, 0, stable=True, descending=True)[:capacity].T
         expert_E = jnp.arange(n_experts)
         none_TE = jnp.full((n_tokens, n_experts), capacity)
         slot_TE = none_TE.at[token_EC, expert_E[:, None]].set(jnp.arange(capacity))

@@ -14,14 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lm.config import ModelConfig, MoeConfig
-from lm.model.dispatch import (
-    Slots,
-    by_expert,
-    by_position,
-    by_score,
-    combine,
-    dispatch,
-)
+from lm.model.dispatch import Slots, best, by_expert, by_position, by_score, combine, dispatch
 from lm.model.feedforward import GATED, FeedForward, activate
 from lm.model.quantized import matmul, ragged_dot
 from lm.sharding import constrain, devices_along, gather, here, partitioned, platform
@@ -72,7 +65,7 @@ def choose(
     ``bias_E`` has a say in the choice and none in the gates (Wang et al. 2024; DeepSeek-V3, 2.1.2).
     """
     ranked_BTE = score_BTE if bias_E is None else score_BTE + bias_E
-    expert_BTk = jax.lax.top_k(jax.lax.stop_gradient(ranked_BTE), moe.top_k)[1]
+    expert_BTk = best(jax.lax.stop_gradient(ranked_BTE), moe.top_k)
     gate_BTk = jnp.take_along_axis(score_BTE, expert_BTk, -1)
     if moe.renormalise and moe.top_k > 1:
         gate_BTk /= jnp.sum(gate_BTk, -1, keepdims=True)

@@ -40,5 +40,7 @@ class ExpertWatch:
             "dropped_share": np.asarray(routing.dropped[i]).tolist(),
             "load_max_over_mean": (load_LE.max(1) * load_LE.shape[1]).tolist(),
             "dead_experts": (self.idle_LE >= self.dead_after).sum(1).tolist(),
-            "expert_load": load_LE.astype(float).round(5).tolist(),  # a list over the layer's experts
+            "expert_load": load_LE.astype(float)
+            .round(5)
+            .tolist(),  # a list over the layer's experts
         }

@@ -106,19 +106,23 @@ def collectives(config):
     program = Program(config, make_mesh(config.mesh, jax.devices()[:8]))
     text = program.lower_train(8).compile().as_text()
     names = ("all-to-all", "all-gather", "all-reduce", "collective-permute")
-    return {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names}, text
+    return {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names}
 
 
 def test_experts_over_data_exchange_rows_and_over_model_do_not():
     """Where experts and rows share an axis, rows go to their expert and back, forward and backward.
 
-    Over ``model`` every device has all rows of its share of the batch: it takes those of its
-    experts and the parts are summed. No device ever gathers the other devices' experts.
+    Nothing else is gathered, neither scores nor experts. Over ``model`` every device has all rows
+    of its share of the batch already: it takes those of its experts, and the results are put
+    together.
     """
     config = replace(CONFIG, model={"n_layers": 1}, train={"steps_per_dispatch": 1})
-    found, _ = collectives(replace(config, mesh=dict(data=8, experts="data")))
-    assert found["all-to-all"] >= 4
-    found, _ = collectives(replace(config, mesh=dict(data=1, model=8)))
+    found = collectives(replace(config, mesh=dict(data=8, experts="data")))
+    assert found["all-to-all"] == 4 and found["all-gather"] == 0
+    chosen_by_experts = with_moe(config, routing="expert_choice", bias_rate=0.0)
+    found = collectives(replace(chosen_by_experts, mesh=dict(data=8, experts="data")))
+    assert found["all-to-all"] == 4 and found["all-gather"] == 0
+    found = collectives(replace(config, mesh=dict(data=1, model=8)))
     assert found["all-to-all"] == 0 and found["all-reduce"] > 0
 
 
