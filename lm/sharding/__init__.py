@@ -1,8 +1,8 @@
 """Where arrays live: the device mesh and the one table from logical axes to mesh axes."""
 
 from lm.sharding.axes import (
-    all_but_moved,
     Layout,
+    all_but_moved,
     constrain,
     devices_along,
     gather,
