@@ -173,7 +173,9 @@ def test_a_small_vocabulary_and_an_indivisible_batch_are_refused(config, tmp_pat
 
 def test_an_axis_that_does_not_divide_its_dimension_is_refused(config, tmp_path):
     odd = replace(config, model={"vocab_size": 257}, mesh={"data": 4, "model": 2})
-    with pytest.raises(BadInput, match=r"embedding's axis 'vocab' = 257 over mesh.model = 2: .* 258"):
+    with pytest.raises(
+        BadInput, match=r"embedding's axis 'vocab' = 257 over mesh.model = 2: .* 258"
+    ):
         loop.train(odd, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
