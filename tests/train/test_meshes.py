@@ -20,7 +20,7 @@ sharding = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(sharding)
 
 LAYERS = sharding.BASE.model.n_layers
-QUICK = "stage 2 x data 2 x model 2, 2 rounds, zero 3, sequence-sharded, full remat"
+QUICK = "stage 2"
 each = pytest.mark.parametrize(
     "name",
     [
@@ -126,7 +126,7 @@ def test_stages_talk_by_permutes(name, rounds):
 def test_a_pipeline_scores_as_one_device_does():
     batch = jax.tree.map(lambda x: x[0], sharding.batches())
     nats = []
-    for name in ("accumulation 2", QUICK):
+    for name in ("accumulation 2", "stage 2 x data 2 x model 2"):
         program = run(name).program
         nats.append(float(program.nats(program.init(seed=1).params, program.put(batch))))
     assert nats[1] == pytest.approx(nats[0], rel=1e-5)
