@@ -31,6 +31,7 @@ def get_config():
     config.model.moe.expert_d_ff = 1_408
     config.model.moe.first_dense = 1
     config.model.moe.balance_coefficient = 0.001
+    config.model.moe.dispatch = "capacity"  # so that the experts' rows divide over `model`
 
     config.data.corpus = "c4/en"  # DeepSeek's own corpus is not public
     config.data.tokenizer = "bpe:102400"

@@ -6,7 +6,8 @@
 Stored parameters 8.03e9, 70.55e9, 405.85e9; N (blocks and head) 7.50e9, 69.50e9, 403.75e9; exact
 training FLOPs 8.69e23, 7.22e24, 4.10e25 for 15e12, 15e12 and 15.6e12 tokens at 8,192 a sequence.
 (By ``lm.arithmetic``; the paper prints 3.8e25 for the largest, which is 6ND. Not trained here.)
-The meshes are for v5p:4x4x4, v5p:8x8x8 and v5p:8x16x16 (``lm.estimate``, experiments/tpu_fit).
+The meshes are for v5p:4x4x4, v5p:8x8x8 and v5p:8x16x16, by arithmetic; experiments/tpu_fit has what
+compiles on these and smaller slices, with fewer micro-batches.
 """
 
 from configs import base

@@ -21,16 +21,16 @@ SIZES = {
 
 
 def get_config(size="8x7b"):
-    """Top-2 with renormalised gates, no token dropped; experts lie on ``model``."""
+    """Top-2 with renormalised gates and a capacity of 1.25; experts lie on ``model``."""
     one_of("configs/mixtral.py: the size", size, ["tiny", *SIZES])
     config = tiny.get_config() if size == "tiny" else base.get_config()
     config.name = f"mixtral_{size}"
     config.model.moe.n_experts = 8
     config.model.moe.top_k = 2
     config.model.moe.balance_coefficient = 0.02
+    config.model.moe.dispatch = "capacity"  # so that the experts' rows divide over `model`
     if size == "tiny":
         config.model.moe.granularity = 2
-        config.model.moe.dispatch = "capacity"
         return config
     d_model, n_layers, n_heads, d_ff, rope_base, vocab_size, seq_len = SIZES[size]
     config.model.vocab_size = vocab_size

@@ -153,6 +153,8 @@ class Checkpoints:
 
 def abstract_params(config: configuration.Config, mesh: Mesh) -> Any:
     """The decoder's parameters as shapes and dtypes that lie over ``mesh`` as the config has it."""
+    if mesh.shape["stage"] == 1:  # elsewhere the run may have gone round a pipeline
+        config = configuration.replace(config, mesh={"rounds": 1})
     decoder = Decoder(config.model, config.data.seq_len)
     inputs = jnp.zeros((1, 1), jnp.int32)
     boxed = jax.eval_shape(decoder.init, jax.random.key(0), inputs)["params"]

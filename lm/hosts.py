@@ -138,7 +138,7 @@ _link: _Link | None = None  # as jax's own state: one a process
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Within it this process is one of those that the environment tells of; alone, nothing happens.
+    """Within it this process is one of those that the environment tells of; SIGTERM interrupts it.
 
     To be entered before jax computes anything. When a process fails, is killed or loses its host,
     all others exit within a minute, saying which it was; then this does not return.
@@ -148,7 +148,8 @@ def joined() -> Iterator[None]:
     global _link
     found = cluster(os.environ)
     if found is None:
-        yield
+        with _interrupted_by_sigterm():
+            yield
         return
     _link = _Link(found)
     with ending_all():
@@ -169,6 +170,19 @@ def joined() -> Iterator[None]:
         jax.distributed.shutdown()  # waits for all
     _link.leave()
     _link = None
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """A pre-empted process ends as one that Ctrl-C interrupted."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _free_port() -> int:

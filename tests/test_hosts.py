@@ -291,3 +291,12 @@ def test_a_preempted_process_ends_all_for_a_retry(launch, tmp_path):
     assert codes == [PREEMPTED] * 2
     assert "the same command goes on" in logs[1]
     assert f"error: process 1 ({HOST}): interrupted; the same command goes on" in logs[0]
+
+
+def test_sigterm_interrupts_a_process_that_is_alone(monkeypatch):
+    for name in hosts.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), hosts.joined():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before

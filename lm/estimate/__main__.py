@@ -100,11 +100,14 @@ def estimate(config: Config, on: Topology | None) -> dict:
 
 def _as_it_is(config: Config, on: Topology, compile) -> dict:
     """What the config costs on the topology; where it does not fit, the nearest that does too."""
+    from jax.sharding import AbstractMesh, AxisType
+
     from lm.estimate import search
     from lm.estimate.memory import fuses_attention
     from lm.estimate.roofline import roofline
     from lm.sharding import axis_sizes
     from lm.train.recipe import resolve
+    from lm.train.step import Program
 
     sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, on.n_chips), strict=True))
     shards = sizes["replica"] * sizes["data"]
@@ -114,6 +117,9 @@ def _as_it_is(config: Config, on: Topology, compile) -> dict:
             f"--sequences={rows}: must be a multiple of the mesh's replica x data, {shards},"
             f" times train.accumulation = {config.train.accumulation}"
         )
+    # What the step itself refuses is refused here too, compiled or not.
+    types = (AxisType.Auto,) * len(sizes)
+    Program(config, AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=types))
     result = _on_mesh(config, sizes, rows)
     estimated = result["memory"]["total"]
     compiled = compile(config, rows) if compile else None

@@ -50,7 +50,7 @@ def device_memory(
     shards = sizes["replica"] * sizes["data"] * sizes["context"]
     tokens = sequences * data.seq_len / shards / train.accumulation
     scores = 0 if fused_attention else data.seq_len
-    kept = kept_bytes(model, sizes, mesh.sequence_sharded, scores)
+    kept = kept_bytes(model, sizes, mesh.sequence_sharded, scores, mesh.experts)
     # A pipeline keeps every micro-batch until its own backward pass.
     in_flight = train.accumulation + stages - 1 if stages > 1 else 1
 
@@ -90,11 +90,15 @@ def compute_width(model: ModelConfig) -> int:
 
 
 def kept_bytes(
-    model: ModelConfig, sizes: dict[str, int], sequence_sharded: bool = False, scores: int = 0
+    model: ModelConfig,
+    sizes: dict[str, int],
+    sequence_sharded: bool = False,
+    scores: int = 0,
+    experts: str = "model",
 ) -> dict[str, float]:
     """Bytes a token that a device keeps of one layer for its backward pass, by ``model.remat``.
 
-    `scores`: keys a query, where an unfused attention keeps its scores.
+    `scores`: keys a query, where an unfused attention keeps its scores. `experts`: their axis.
     """
     n = sizes["model"]
     width = compute_width(model)
@@ -103,7 +107,7 @@ def kept_bytes(
     keys_values = 2 * model.n_kv_heads * model.head_width
     keys_values /= 1 if model.n_kv_heads % n else n
     scores = scores * model.n_heads / n
-    hidden = _feed_forward_width(model) / n
+    hidden = _feed_forward_width(model, n, experts)
     gated = model.feed_forward in GATED
     dots = queries + keys_values + (2 if gated else 1) * hidden
     outputs = 2 * model.d_model  # of the two sublayers
@@ -121,13 +125,21 @@ def kept_bytes(
     }
 
 
-def _feed_forward_width(model: ModelConfig) -> float:
-    """Hidden features a token passes in a layer, with the experts' room for more; the mean."""
+def _feed_forward_width(model: ModelConfig, n: int, experts: str) -> float:
+    """Hidden features a token has on a device in a layer, with the experts' room; the mean.
+
+    `n` devices along ``model``. By slots (capacity, or room for all) the experts' features divide
+    over them; ragged, each device has a row for every choice, whosever expert it is.
+    """
     moe = model.moe
     share = len(model.moe_layers) / model.n_layers
-    room = moe.top_k * moe.capacity_factor + moe.n_shared
-    experts = room * (model.expert_d_ff if moe.n_experts else 0)
-    return (1 - share) * model.d_ff + share * experts
+    if not moe.n_experts:
+        return model.d_ff / n
+    if moe.dispatch == "capacity":
+        room = moe.top_k * moe.capacity_factor / n
+    else:
+        room = moe.n_experts / n if experts == "data" else moe.top_k
+    return (1 - share) * model.d_ff / n + share * (room + moe.n_shared / n) * model.expert_d_ff
 
 
 def stored_parameters(config: Config, sizes: dict[str, int]) -> tuple[float, float]:

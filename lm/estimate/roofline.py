@@ -115,7 +115,8 @@ def _hbm_bytes(
     optimizer = 7 * FLOAT32 * (split if config.mesh.zero >= 1 else whole)
     tokens = sequences * seq_len / sizes["replica"] / sizes["data"] / sizes["context"]
     scores = 0 if fused_attention else seq_len
-    kept = kept_bytes(model, sizes, config.mesh.sequence_sharded, scores)["none"]
+    mesh = config.mesh
+    kept = kept_bytes(model, sizes, mesh.sequence_sharded, scores, mesh.experts)["none"]
     layers = model.n_layers / sizes["stage"]
     logits = 3 * FLOAT32 * model.vocab_size / sizes["model"]
     return weights + optimizer + tokens * (passes * layers * kept + logits)

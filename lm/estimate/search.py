@@ -139,8 +139,11 @@ def _largest_batches(config: Config, on: Topology, ratio: float) -> Iterator[Can
     }
     for values in product(*settings.values()):
         changes = dict(zip(settings, values, strict=True))
-        changes |= {"mesh.data": -1, "train.accumulation": 1, "train.batch_rule": "fixed"}
+        # A pipeline has as many micro-batches as stages at least.
+        n_micro = max(1, config.mesh.stage)
+        changes |= {"mesh.data": -1, "train.accumulation": n_micro, "train.batch_rule": "fixed"}
         shards = on.n_chips // (config.mesh.stage * config.mesh.context * changes["mesh.model"])
+        shards *= n_micro
         one, two = (_candidate(config, on, shards * n, changes) for n in (1, 2))
         if one is None or two is None or one.bytes * ratio > on.chip.hbm_bytes:
             continue
@@ -193,4 +196,5 @@ def _divides(config: Config, sizes: dict[str, int], sequences: int) -> bool:
     split = [(sequences, rows), (config.data.seq_len, positions)]
     split += [(n, sizes["model"]) for n in (model.n_heads, model.d_ff, model.vocab_size)]
     split += [(model.d_model, sizes["data"])] * (mesh.zero > 0)
+    split += [(model.moe.n_experts, sizes[mesh.experts])]
     return all(size % devices == 0 for size, devices in split)

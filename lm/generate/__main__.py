@@ -80,6 +80,7 @@ def _open(generator, sampling):
     import jax
 
     from lm.checkpoint import load_config, load_params
+    from lm.config import MeshConfig
     from lm.data import open_tokenizer
     from lm.sharding import make_mesh
 
@@ -87,10 +88,9 @@ def _open(generator, sampling):
     config = load_config(workdir)
     tokenizer = open_tokenizer(config.data)
     # A single row is no work for many: what the model axis does not take stays idle.
-    mesh = make_mesh(
-        dataclasses.replace(config.mesh, replica=1, stage=1, data=1, context=1),
-        jax.devices()[: max(config.mesh.model, 1)],
-    )
+    here, wanted = jax.devices(), max(config.mesh.model, 1)
+    n = max(k for k in range(1, min(wanted, len(here)) + 1) if wanted % k == 0)
+    mesh = make_mesh(MeshConfig(data=1, model=n), here[:n])
     longest = max(len(tokenizer.encode(prompt)) for prompt in FLAGS.prompt)
     return generator(
         *(config, load_params(workdir, config, mesh), longest + FLAGS.max_tokens, mesh, sampling),

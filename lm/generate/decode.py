@@ -86,7 +86,7 @@ class Generator:
         self._decoder = Decoder(model, last if model.position == "learned" else positions)
         self._soft_cap, self._stop = model.logit_soft_cap, jnp.array(list(stop) or [-1])
         # A step has one position: nothing to split.
-        whole = dataclasses.replace(config.mesh, sequence_sharded=False)
+        whole = dataclasses.replace(config.mesh, sequence_sharded=False, stage=1, rounds=1)
         self._mesh = mesh
         self._layout = layout(dataclasses.replace(config, mesh=whole), mesh)
         self._run_prefill = jax.jit(self._prefill)

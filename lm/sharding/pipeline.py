@@ -37,12 +37,6 @@ def check_pipeline(config: Config, n_stages: int) -> None:
             f"model.scan_layers = False with mesh.stage = {n_stages}: must be True,"
             " since a stage is a part of the stacked layers"
         )
-    for name in ("first_dense", "jitter"):
-        if model.moe.n_experts and getattr(model.moe, name):
-            raise BadInput(
-                f"model.moe.{name} = {getattr(model.moe, name)} with mesh.stage = {n_stages}:"
-                " must be 0, since all of a pipeline's layers are alike"
-            )
     n_scanned = len(model.moe_layers) or model.n_layers
     for name, size, over, n in (
         ("scanned layers", n_scanned, "mesh.stage x mesh.rounds", n_stages * rounds),

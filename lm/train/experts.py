@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from lm import hosts
 from lm.config import ModelConfig
 from lm.model.moe import Routing
 
@@ -27,7 +28,8 @@ class ExpertWatch:
             if (dead := np.flatnonzero(idle_E == self.dead_after)).size:
                 experts = f"expert{'s' if dead.size > 1 else ''} {', '.join(map(str, dead))}"
                 warnings.append(f"layer {layer}: no token for {experts} in {self.dead_after} steps")
-                logging.warning(warnings[-1])
+                if hosts.is_first():
+                    logging.warning(warnings[-1])
         return warnings
 
     def entries(self, routing: Routing, i: int) -> dict[str, Any]:
