@@ -15,11 +15,16 @@ from typing import Any
 import numpy as np
 
 from lm.command import BadInput, one_of
-from lm.config import RULES_BATCH, RULES_LEARNING_RATE, RULES_WARMUP, ModelConfig
+from lm.config import (
+    FLOPS_CONVENTIONS,
+    RULES_BATCH,
+    RULES_LEARNING_RATE,
+    RULES_WARMUP,
+    ModelConfig,
+)
 
 Number = Any  # an int, a float or a numpy array of either
 
-FLOPS_CONVENTIONS = ("6nd", "kaplan", "chinchilla", "exact", "exact_causal")
 DEFAULT_CONVENTION = "exact"  # how the project's own runs are accounted
 
 _FEED_FORWARD_MATRICES = {"swiglu": 3, "geglu": 3, "gelu": 2, "relu": 2}

@@ -13,6 +13,7 @@ import ml_collections
 
 from lm.command import BadInput, nearest, one_of
 
+FLOPS_CONVENTIONS = ("6nd", "kaplan", "chinchilla", "exact", "exact_causal")
 RULES_LEARNING_RATE = ("fixed", "width", "kaplan2020", "porian2024", "step_law")
 RULES_BATCH = ("fixed", "porian2024", "step_law")
 RULES_WARMUP = ("fixed", "params")
@@ -278,7 +279,7 @@ class OptimizerConfig:
     base_width: int = 32  # width: matrices' rate = learning_rate * base_width / d_model
     warmup: float = 0.1
     warmup_rule: str = "params"  # params: `warmup` tokens a parameter | fixed: `warmup` tokens
-    warmup_max_fraction: float = 0.1  # and never more than this share of the run
+    warmup_max_fraction: float = 0.1  # and no more than this share of the run (above 1: outlasts)
     schedule: str = "cosine"  # cosine | wsd | constant
     final_fraction: float = 0.0  # the last rate over the peak
     decay_fraction: float = 0.2  # wsd: the share of the run that decays
@@ -291,11 +292,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _positive("optimizer", self, "learning_rate", "base_width", "eps")
-        _not_negative("optimizer", self, "warmup", "weight_decay", "clip_norm", "decay_tokens")
+        _not_negative("optimizer", self, "warmup", "warmup_max_fraction", "weight_decay")
+        _not_negative("optimizer", self, "clip_norm", "decay_tokens")
         one_of("optimizer.learning_rate_rule", self.learning_rate_rule, RULES_LEARNING_RATE)
         one_of("optimizer.warmup_rule", self.warmup_rule, RULES_WARMUP)
         one_of("optimizer.schedule", self.schedule, ("cosine", "wsd", "constant"))
-        for name in ("warmup_max_fraction", "final_fraction", "decay_fraction"):
+        for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"optimizer.{name} = {getattr(self, name)}: must lie in [0, 1]")
         if self.schedule == "wsd" and not 0 < self.decay_fraction < 1:
@@ -312,7 +314,8 @@ class TrainConfig:
     """One run: how long, in what bites, and how often it is looked at."""
 
     tokens: float = 2e6  # D; or
-    flops: float = 0.0  # C: D follows as C / exact training FLOPs a token (0: `tokens` rules)
+    flops: float = 0.0  # C: D follows as C / training FLOPs a token (0: `tokens` rules)
+    flops_convention: str = "exact"  # what counts in `flops` and a sweep's budgets
     batch_tokens: float = 2_048.0  # tokens an optimizer step, or the scale of batch_rule
     batch_rule: str = "fixed"  # fixed | porian2024 | step_law
     accumulation: int = 1  # micro-batches an optimizer step; a pipeline's too
@@ -338,6 +341,7 @@ class TrainConfig:
             "log_every",
         )
         one_of("train.batch_rule", self.batch_rule, RULES_BATCH)
+        one_of("train.flops_convention", self.flops_convention, FLOPS_CONVENTIONS)
 
 
 @dataclass(frozen=True)
@@ -390,6 +394,7 @@ class SweepConfig:
     seeds: int = 1  # runs of each (N, D)
     seeds_small: int = 1  # and of each (N, D) with N below `small`
     small: float = 50_000.0
+    near: float = 0.0  # at `small` and above, `seeds` within this factor of the expected optimum
     branches: bool = False  # one stable run per N (schedule wsd) with a decay branch per budget
 
     def __post_init__(self):
@@ -412,6 +417,7 @@ class SweepConfig:
             "ff_multiple",
         )
         _positive("sweep", self, "seeds", "seeds_small")
+        _not_negative("sweep", self, "near")
         if not self.spread > 1:
             raise BadInput(f"sweep.spread = {self.spread}: must be above 1")
         for width in self.widths:

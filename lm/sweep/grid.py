@@ -182,7 +182,8 @@ def plan(config: Config, losses: Mapping[str, float]) -> tuple[Budget, ...]:
             minima += [(budgets[-1].flops, found.params)] if found else []
         expected = expected_optimum(config.sweep, flops, minima)
         chosen = choose_sizes(rungs, expected, config.sweep.spread, config.sweep.sizes)
-        budgets.append(Budget(flops, expected, _runs(config, flops, chosen, budgets, losses)))
+        runs = _runs(config, flops, chosen, expected, budgets, losses)
+        budgets.append(Budget(flops, expected, runs))
     return tuple(budgets)
 
 
@@ -218,12 +219,12 @@ def check(config: Config) -> None:
                 )
 
 
-def _runs(config, flops, chosen, below, losses) -> tuple[Run, ...]:
+def _runs(config, flops, chosen, expected, below, losses) -> tuple[Run, ...]:
     sweep, runs = config.sweep, []
     # An edge or a centre lost would move the parabola's vertex; a neighbour of an edge does not.
     idle_fillers = {1, len(chosen) - 2} if len(chosen) >= 5 else set()
     for i, rung in enumerate(chosen):
-        for seed in range(sweep.seeds_small if rung.params < sweep.small else sweep.seeds):
+        for seed in range(_seeds(sweep, rung.params, expected)):
             run_id = f"c{_flops_label(flops)}-{rung.label}-s{seed}"
             run_config = dataclasses.replace(
                 config,
@@ -236,6 +237,13 @@ def _runs(config, flops, chosen, below, losses) -> tuple[Run, ...]:
             informs = seed == 0 and i not in idle_fillers
             runs.append(Run(run_id, run_config, rung.params, flops, informs, parent))
     return tuple(runs)
+
+
+def _seeds(sweep: SweepConfig, params: int, expected: float) -> int:
+    if params < sweep.small:
+        return sweep.seeds_small
+    far = sweep.near and abs(math.log(params / expected)) > math.log(sweep.near)
+    return 1 if far else sweep.seeds
 
 
 def _parent(config: Config, below: list[Budget], losses: Mapping[str, float]) -> str | None:

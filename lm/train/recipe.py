@@ -42,7 +42,10 @@ def resolve(config: Config, batch_shards: int = 1) -> Recipe:
     seq_len = config.data.seq_len
     params = arithmetic.parameters(model, seq_len).active_blocks_and_head
     flops_per_token = arithmetic.flops_per_token(model, seq_len)
-    tokens = train.flops / flops_per_token if train.flops else train.tokens
+    tokens = train.tokens
+    if train.flops:
+        counted = arithmetic.flops_per_token(model, seq_len, train.flops_convention)
+        tokens = train.flops / counted
 
     wanted = arithmetic.batch_tokens(train.batch_rule, train.batch_tokens, params, tokens) / seq_len
     multiple = batch_shards * train.accumulation

@@ -123,6 +123,18 @@ def test_seeds_by_size():
         assert all(sizes.count(n) == (3 if n < 30_000 else 1) for n in sizes)
 
 
+def test_seeds_near_the_expected_optimum():
+    budgets, _ = finished(study(seeds=2, seeds_small=3, small=30_000.0, near=2.0))
+    counted = set()
+    for budget in budgets:
+        sizes = [run.params for run in budget.runs]
+        for n in sizes:
+            near = budget.expected / 2 <= n <= budget.expected * 2
+            assert sizes.count(n) == (3 if n < 30_000 else 2 if near else 1)
+            counted.add(sizes.count(n))
+    assert counted == {1, 2, 3}
+
+
 def test_the_family():
     rungs = grid.ladder(
         study(aspect=16.0, min_layers=2, head_width=8, query_group=1, ff_multiple=4)

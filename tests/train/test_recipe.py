@@ -6,6 +6,7 @@ from lm import arithmetic
 from lm.command import BadInput
 from lm.config import Config, replace
 from lm.train.recipe import branch_step, resolve
+from lm.train.schedule import learning_rate
 
 
 def test_a_budget_becomes_tokens_through_exact_flops():
@@ -14,6 +15,16 @@ def test_a_budget_becomes_tokens_through_exact_flops():
     per_token = arithmetic.flops_per_token(config.model, config.data.seq_len)
     assert recipe.tokens == recipe.n_steps * 1024
     assert abs(recipe.flops - 1e12) <= 0.5 * 1024 * per_token
+
+
+def test_a_budget_counts_by_its_convention():
+    config = replace(
+        Config(), train={"flops": 1e12, "flops_convention": "kaplan", "batch_tokens": 1024}
+    )
+    recipe = resolve(config)
+    blocks = arithmetic.parameters(config.model).non_embedding
+    assert abs(6 * blocks * recipe.tokens - 1e12) <= 0.5 * 1024 * 6 * blocks
+    assert recipe.flops > 1.2e12  # what it costs, head and scores with it
 
 
 @given(tokens=st.floats(1e5, 1e9), scale=st.floats(0.3, 3))
@@ -42,6 +53,22 @@ def test_warmup_is_n_tokens_and_never_more_than_its_share():
     short = resolve(replace(config, train={"tokens": 1e6}))
     assert short.warmup_tokens == pytest.approx(0.1 * short.tokens)
     assert short.schedule.warmup == pytest.approx(0.1 * short.n_steps)
+
+
+def test_a_warmup_may_outlast_the_run():
+    optimizer = {"warmup": 2e6, "warmup_rule": "fixed", "warmup_max_fraction": 100.0}
+    recipe = resolve(replace(Config(), optimizer=optimizer, train={"tokens": 1e6}))
+    assert recipe.warmup_tokens == 2e6
+    last = learning_rate(recipe.schedule, recipe.n_steps - 1, "cosine")
+    assert last == pytest.approx(recipe.learning_rate * recipe.tokens / 2e6)
+
+
+def test_a_warmup_may_outlast_the_run():
+    optimizer = {"warmup": 2e6, "warmup_rule": "fixed", "warmup_max_fraction": 100.0}
+    recipe = resolve(replace(Config(), optimizer=optimizer, train={"tokens": 1e6}))
+    assert recipe.warmup_tokens == 2e6
+    last = learning_rate(recipe.schedule, recipe.n_steps - 1, "cosine")
+    assert last == pytest.approx(recipe.learning_rate * recipe.tokens / 2e6)
 
 
 def test_cosine_ends_with_the_run_unless_told_otherwise():
