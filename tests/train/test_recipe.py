@@ -63,14 +63,6 @@ def test_a_warmup_may_outlast_the_run():
     assert last == pytest.approx(recipe.learning_rate * recipe.tokens / 2e6)
 
 
-def test_a_warmup_may_outlast_the_run():
-    optimizer = {"warmup": 2e6, "warmup_rule": "fixed", "warmup_max_fraction": 100.0}
-    recipe = resolve(replace(Config(), optimizer=optimizer, train={"tokens": 1e6}))
-    assert recipe.warmup_tokens == 2e6
-    last = learning_rate(recipe.schedule, recipe.n_steps - 1, "cosine")
-    assert last == pytest.approx(recipe.learning_rate * recipe.tokens / 2e6)
-
-
 def test_cosine_ends_with_the_run_unless_told_otherwise():
     recipe = resolve(Config())
     schedule = recipe.schedule
