@@ -19,6 +19,7 @@ setup(
         "fsspec>=2024.12",
         "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
         "jax>=0.10",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=1.26",

@@ -242,12 +242,15 @@ class ModelConfig:
 class DataConfig:
     """What is read. One corpus by name, or a mixture of several with weights."""
 
-    # pd_english | text (reads `files`) | mixture | a TFDS name with a text feature
+    # pd_english | text, chat (read `files`) | mixture | a TFDS name with a text feature
     corpus: str = "pd_english"
-    files: str = ""  # corpus=text: a glob of .txt, .jsonl[.gz|.xz|.zst], .parquet
-    # corpus=mixture: (name or "text:GLOB", weight) pairs
+    # corpus=text: a glob of .txt, .jsonl[.gz|.xz|.zst], .parquet; corpus=chat: of .jsonl with
+    # {"messages": [{"role", "content"}, ...]} or {"prompt", "response"}, whose answers alone count
+    files: str = ""
+    # corpus=mixture: (name, "text:GLOB" or "chat:GLOB", weight) pairs
     mixture: tuple[tuple[str, float], ...] = ()
     tokenizer: str = "bytes"  # bytes | bpe:VOCAB_SIZE | a tokenizer.json
+    chat_template: str = ""  # a file of Jinja ("": the tokenizer.json's own, else a plain one)
     seq_len: int = 128
     respect_documents: bool = False  # attention and loss do not cross documents
     validation_tokens: int = 262_144
@@ -255,10 +258,10 @@ class DataConfig:
 
     def __post_init__(self):
         _positive("data", self, "seq_len", "validation_tokens")
-        if (self.corpus == "text") != bool(self.files):
+        if (self.corpus in ("text", "chat")) != bool(self.files):
             raise BadInput(
                 f"data.files = {self.files!r} with data.corpus = {self.corpus!r}:"
-                " files go with corpus 'text'"
+                " files go with corpus 'text' or 'chat'"
             )
         if (self.corpus == "mixture") != bool(self.mixture):
             raise BadInput(
@@ -268,6 +271,23 @@ class DataConfig:
         for name, weight in self.mixture:
             if not weight > 0:
                 raise BadInput(f"data.mixture: weight of {name!r} = {weight!r}: must be above 0")
+        if self.has_chats and self.tokenizer.startswith("bpe:"):
+            raise BadInput(
+                f"data.tokenizer = {self.tokenizer!r}: with conversations it must be bytes or a"
+                " tokenizer.json, that of the model which learns from them"
+            )
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether some of it is conversations."""
+        return any(
+            name.partition(":")[0] == "chat" for name, _ in ((self.corpus, 1.0), *self.mixture)
+        )
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether a row's documents don't see each other: conversations never do."""
+        return self.respect_documents or self.has_chats
 
 
 @dataclass(frozen=True)

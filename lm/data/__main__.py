@@ -14,6 +14,7 @@ from lm import command
 from lm.config_file import config_from_flags, define_config_flag
 from lm.data import Dataset, open_dataset, store
 from lm.data.corpora import SPLITS
+from lm.data.packing import Packed
 
 FLAGS = flags.FlagValues()
 define_config_flag(FLAGS)
@@ -53,6 +54,12 @@ def _print(dataset: Dataset) -> None:
             table.add_row("all", split, *_cells(totals[split]), removed)
         console.print(table)
         console.print(str(source.store.path), highlight=False)
+        if isinstance(rows := source.windows["train"], Packed):
+            console.print(
+                f"train: {len(rows):,} rows of {rows.row} tokens,"
+                f" {rows.filled / len(rows) / rows.row:.1%} full; {rows.cut} conversations cut to a"
+                f" row, {rows.left_out} left out, whose answers lie beyond it"
+            )
     for name, epochs in dataset.epochs(dataset.train_tokens).items():
         if len(dataset.sources) > 1:
             console.print(f"{name}: {epochs:.2f} epochs in {dataset.train_tokens:,} tokens")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lm.command import BadInput
-from lm.data import pd_english
+from lm.data import chat, pd_english
 
 # tensorflow_datasets is imported only where there is something to build or to read: a prepared
 # store opens without it, in milliseconds.
@@ -22,6 +22,7 @@ class Document(NamedTuple):
     text: str
     source: str
     split: str = ""
+    where: str = ""  # for messages: a conversation's file and line
 
 
 class Corpus(NamedTuple):
@@ -33,17 +34,20 @@ class Corpus(NamedTuple):
     name: str
     key: str
     read: Callable[[], Iterator[Document]]
+    template: chat.Template | None = None  # of conversations
 
 
 def find(name: str, files: str, data_dir: Path) -> Corpus:
-    """The corpus ``pd_english``, ``text`` (a glob in ``files``), ``text:GLOB``, or a TFDS name.
+    """The corpus ``pd_english``, ``text`` or ``chat`` (a glob in ``files``), ``text:GLOB``,
+    ``chat:GLOB``, or a TFDS name.
 
     Reads nothing but the user's own files (to know their content's hash).
     """
-    if name == "text" or name.startswith("text:"):
+    kind, _, pattern = name.partition(":")
+    if kind in ("text", "chat"):
         from lm.data import local
 
-        return local.corpus(files if name == "text" else name.removeprefix("text:"), data_dir)
+        return local.corpus(pattern or files, data_dir, chats=kind == "chat")
     if name == "pd_english":
         return Corpus(name, pd_english.KEY, lambda: _read_pd_english(data_dir))
     key = hashlib.sha256(f"tfds {name}".encode()).hexdigest()
@@ -81,8 +85,8 @@ def _read_tfds(name: str, data_dir: Path) -> Iterator[Document]:
     except Exception as error:  # whatever a builder's download and parsing may raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(
-            f"data.corpus = {name!r}: not pd_english, text or mixture, and TFDS cannot prepare it"
-            f" ({reason})"
+            f"data.corpus = {name!r}: not pd_english, text, chat or mixture, and TFDS cannot"
+            f" prepare it ({reason})"
         ) from error
     for split, examples in sources.items():
         wanted = split if split in SPLITS else "train"

@@ -12,8 +12,9 @@ import numpy as np
 
 from lm.command import BadInput, write_atomically
 from lm.config import DataConfig
-from lm.data import corpora, mixture, order, store, tokenizers
+from lm.data import chat, corpora, mixture, order, store, tokenizers
 from lm.data.corpora import Corpus
+from lm.data.packing import Packed
 from lm.data.tokenizers import Tokenizer
 
 Rows = slice | np.ndarray  # which rows of a batch: those that this host's devices hold
@@ -23,10 +24,11 @@ VALIDATION_SEED = 0  # the fixed choice of held-out windows, whatever a run's ow
 class Batch(NamedTuple):
     """int32 tokens; position t of ``targets_BT`` is the token after position t of ``inputs_BT``.
 
-    ``weights_BT`` (float32, None = all 1) is 0 where a target does not count: in padding rows, and
-    where it belongs to another document than its input. ``segments_BT`` numbers the documents of a
-    row from 0 and ``positions_BT`` counts from each one's start (from the window's start for the
-    first); both are None unless documents are respected.
+    ``weights_BT`` (float32, None = all 1) is 0 where a target does not count: in padding rows,
+    where it belongs to another document than its input, and where it is no answer in a
+    conversation. ``segments_BT`` numbers the documents of a row from 0 and ``positions_BT`` counts
+    from each one's start (from the window's start for the first); both are None unless documents
+    are kept apart.
     """
 
     inputs_BT: np.ndarray
@@ -37,16 +39,22 @@ class Batch(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One corpus: its share of the rows, its store, and each split as a view (window, T + 1)."""
+    """One corpus: its share of the rows, its store, and each split as a view (window, T + 1).
+
+    Conversations are packed into rows of T + 1 instead.
+    """
 
     name: str
     weight: float
     store: store.Store
-    windows: dict[str, np.ndarray]
+    windows: dict[str, np.ndarray | Packed]
 
 
 class Dataset:
-    """Windows of ``seq_len`` + 1 tokens at stride ``seq_len``. Made by ``open_dataset``."""
+    """Windows of ``seq_len`` + 1 tokens at stride ``seq_len``, or rows of whole conversations.
+
+    Made by ``open_dataset``.
+    """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: list[Source]):
         self.config = config
@@ -61,6 +69,8 @@ class Dataset:
             f"{config.corpus}:{'+'.join(keys)}/{config.tokenizer}:{tokenizer.fingerprint}"
         )
         self._weights = [s.weight for s in sources]
+        # Where one source has conversations, every row says what counts and which document it is.
+        self._has_chats = any(isinstance(s.windows["train"], Packed) for s in sources)
 
     @property
     def train_tokens(self) -> int:
@@ -102,34 +112,55 @@ class Dataset:
         """
         steps_N1 = np.arange(first_step, first_step + n_steps, dtype=np.int64)[:, None]
         rows_NB = steps_N1 * batch_size + np.arange(batch_size, dtype=np.int64)[rows]
-        tokens = self._train_windows(rows_NB.ravel(), seed)
-        return self._batch(tokens.reshape(*rows_NB.shape, self.config.seq_len + 1))
+        rows = self._train_rows(rows_NB.ravel(), seed)
+        return self._batch(rows.reshape(*rows_NB.shape, *rows.shape[1:]))
 
-    def _train_windows(self, rows: np.ndarray, seed: int) -> np.ndarray:
-        """int32 (rows, T + 1)"""
+    def _empty(self, n: int) -> np.ndarray:
+        """Rows of nothing: int32 (n, T + 1), or with conversations (n, 3, T + 1)."""
+        planes = (3,) if self._has_chats else ()
+        return np.zeros((n, *planes, self.config.seq_len + 1), np.int32)
+
+    def _read(self, source: Source, split: str, index: np.ndarray) -> np.ndarray:
+        """Rows of a source, in the shape of ``_empty``: tokens, and what ``Packed`` gives too."""
+        found = source.windows[split][index]
+        if self._has_chats and found.ndim == 2:
+            found = np.stack([found, np.ones_like(found), self._documents(found)], 1)
+        return found
+
+    def _documents(self, tokens: np.ndarray) -> np.ndarray:
+        """The number of each token's document in its row; 0 where documents aren't respected."""
+        # Only the mark itself ends a document: no text encodes to it.
+        ends = (tokens == self.tokenizer.end_of_text) & self.config.respect_documents
+        return np.cumsum(ends, axis=-1, dtype=np.int32) - ends
+
+    def _train_rows(self, rows: np.ndarray, seed: int) -> np.ndarray:
         source_of, local = mixture.assign(rows, self._weights, seed)
-        result = np.empty((len(rows), self.config.seq_len + 1), np.int32)
+        result = self._empty(len(rows))
         for i, source in enumerate(self.sources):
             mine = source_of == i
             windows = source.windows["train"]
             epoch, index = np.divmod(local[mine], len(windows))
             if epoch.size and epoch[0] == epoch[-1]:
                 epoch = epoch[:1]  # almost always: one key instead of one a row
-            result[mine] = windows[order.permute(index, len(windows), order.key(seed, i, epoch))]
+            shuffled = order.permute(index, len(windows), order.key(seed, i, epoch))
+            result[mine] = self._read(source, "train", shuffled)
         return result
 
-    def _batch(self, tokens: np.ndarray, weights: np.ndarray | None = None) -> Batch:
+    def _batch(self, rows: np.ndarray, weights: np.ndarray | None = None) -> Batch:
+        """Of rows as ``_empty`` has them; ``weights`` (..., T) of their targets."""
+        tokens = rows[..., 0, :] if self._has_chats else rows
         inputs, targets = tokens[..., :-1], tokens[..., 1:]
-        if not self.config.respect_documents:
+        if not self.config.keeps_apart:
             return Batch(inputs, targets, weights)
-        # Only the mark itself ends a document: no text encodes to it.
-        ends = inputs == self.tokenizer.end_of_text
-        segments = np.cumsum(ends, axis=-1, dtype=np.int32) - ends
+        documents = rows[..., 2, :] if self._has_chats else self._documents(tokens)
+        segments = documents[..., :-1]
+        within = (segments == documents[..., 1:]).astype(np.float32)
+        if self._has_chats:
+            within *= rows[..., 1, 1:]
         index = np.arange(inputs.shape[-1], dtype=np.int32)
         starts = np.zeros_like(inputs)
-        starts[..., 1:] = np.where(ends[..., :-1], index[1:], 0)
+        starts[..., 1:] = np.where(segments[..., 1:] != segments[..., :-1], index[1:], 0)
         positions = index - np.maximum.accumulate(starts, axis=-1)
-        within = (~ends).astype(np.float32)
         weights = within if weights is None else weights * within
         return Batch(inputs, targets, weights, segments, positions)
 
@@ -151,14 +182,14 @@ class Dataset:
         window_of = np.concatenate([np.sort(windows) for windows in chosen])
         for first in range(0, len(window_of), batch_size):
             places = np.arange(first, first + batch_size)[rows]
-            tokens = np.zeros((len(places), self.config.seq_len + 1), np.int32)
+            rows_there = self._empty(len(places))
             there = np.flatnonzero(places < len(window_of))
             for i, source in enumerate(self.sources):
                 mine = there[source_of[places[there]] == i]
-                tokens[mine] = source.windows[split][window_of[places[mine]]]
+                rows_there[mine] = self._read(source, split, window_of[places[mine]])
             weights = np.zeros((len(places), self.config.seq_len), np.float32)
             weights[there] = 1
-            yield self._batch(tokens, weights)
+            yield self._batch(rows_there, weights)
 
     def _chosen(self, split: str) -> list[np.ndarray]:
         """The held-out windows of each corpus, drawn from the whole split and so all sources."""
@@ -183,10 +214,13 @@ def open_dataset(config: DataConfig) -> Dataset:
     total = sum(weight for _, weight in named)
     surveys: dict[str, store.Survey] = {}
     tokenizer = _tokenizer(config.tokenizer, [c for c, _ in named], data_dir, surveys)
+    template = open_template(config, tokenizer) if config.has_chats else None
     sources = []
     for corpus, weight in named:
+        if corpus.template:
+            corpus = _written_by(corpus, template)
         opened = _opened(corpus, tokenizer, data_dir, surveys)
-        windows = {s: _windows(opened.tokens[s], config.seq_len) for s in corpora.SPLITS}
+        windows = {s: _windows(opened, s, config.seq_len) for s in corpora.SPLITS}
         sources.append(Source(corpus.name, weight / total, opened, windows))
     _check(config, sources)
     return Dataset(config, tokenizer, sources)
@@ -200,6 +234,16 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
     learned = tokenizers.bpe_size(config.tokenizer) is not None
     named = [corpus for corpus, _ in _named(config)] if learned else []
     return _tokenizer(config.tokenizer, named, Path(config.data_dir), {})
+
+
+def open_template(config: DataConfig, tokenizer: Tokenizer) -> chat.Template:
+    """What writes conversations as text for ``tokenizer``, which ``config`` names."""
+    return chat.open_template(config.tokenizer, tokenizer, config.chat_template)
+
+
+def _written_by(corpus: Corpus, template: chat.Template) -> Corpus:
+    key = hashlib.sha256(f"{corpus.key} {template.fingerprint}".encode()).hexdigest()
+    return corpus._replace(key=key, template=template)
 
 
 def _named(config: DataConfig) -> list[tuple[Corpus, float]]:
@@ -258,8 +302,11 @@ def _opened(
     return found
 
 
-def _windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
+def _windows(opened: store.Store, split: str, seq_len: int) -> np.ndarray | Packed:
     """View (window, T + 1) at stride T: the last token of a window is the first of the next."""
+    if opened.lengths:
+        return Packed(opened, split, seq_len + 1)
+    tokens = opened.tokens[split]
     if len(tokens) < seq_len + 1:
         return np.empty((0, seq_len + 1), tokens.dtype)
     return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
@@ -269,6 +316,11 @@ def _check(config: DataConfig, sources: list[Source]) -> None:
     for source in sources:
         windows = source.windows
         for split in ("train", "validation"):
+            if isinstance(windows[split], Packed) and not len(windows[split]):
+                raise BadInput(
+                    f"data.seq_len = {config.seq_len}: no conversation of {source.name}"
+                    f" ({split}) comes to an answer within it"
+                )
             if not len(windows[split]):
                 tokens = min(len(source.store.tokens[s]) for s in ("train", "validation"))
                 raise BadInput(

@@ -7,8 +7,10 @@ import lzma
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lm.command import BadInput, write_atomically
+from lm.data import chat
 from lm.data.corpora import Corpus, Document
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
@@ -17,19 +19,24 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet"
 LONGEST_SHARE, SHORTEST_CUT = 0.01, 2**14
 
 
-def corpus(pattern: str, data_dir: Path) -> Corpus:
+def corpus(pattern: str, data_dir: Path, chats: bool = False) -> Corpus:
     """The corpus of the files that match ``pattern`` (``**`` allowed), keyed by their content.
 
+    Of ``chats`` each line is a conversation, and each document's text the JSON of its messages.
     Raises ``BadInput`` where nothing matches or a file is of another kind.
     """
+    suffixes = tuple(s for s in SUFFIXES if s.startswith(".jsonl")) if chats else SUFFIXES
     pattern = os.path.expanduser(pattern)
     paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     if not paths:
         raise BadInput(f"data.files = {pattern!r}: no file matches")
     for path in paths:
-        if not path.endswith(SUFFIXES):
-            raise BadInput(f"{path}: must be one of {', '.join(SUFFIXES)}")
-    return Corpus(f"text:{pattern}", _content_key(paths, data_dir), lambda: _read(paths))
+        if not path.endswith(suffixes):
+            raise BadInput(f"{path}: must be one of {', '.join(suffixes)}")
+    key = _content_key(paths, data_dir)
+    if chats:
+        return Corpus(f"chat:{pattern}", key, lambda: _read_chats(paths), chat.Template("", {}))
+    return Corpus(f"text:{pattern}", key, lambda: _read(paths))
 
 
 def _content_key(paths: list[str], data_dir: Path) -> str:
@@ -60,12 +67,22 @@ def _read(paths: list[str]) -> Iterator[Document]:
         elif path.endswith(".parquet"):
             texts = _parquet(path)
         else:
-            texts = _jsonl(path)
+            texts = (_text(record, where) for record, where in _jsonl(path))
         for index, text in enumerate(texts, 1):
             if not text.strip():
                 where = path if path.endswith(".txt") else f"{path}, record {index}"
                 raise BadInput(f"{where}: a document of zero length")
             yield Document(text, "text")
+
+
+def _read_chats(paths: list[str]) -> Iterator[Document]:
+    for path in paths:
+        for record, where in _jsonl(path):
+            try:
+                text = chat.messages_of(record)
+            except BadInput as error:
+                raise BadInput(f"{where}: {error}") from error
+            yield Document(_utf8(text, where), "chat", where=where)
 
 
 def _decoded(data: bytes, path: str, offset: int) -> str:
@@ -94,8 +111,8 @@ def _pieces(text: str, longest: int) -> Iterator[str]:
         yield text[start:]
 
 
-def _jsonl(path: str) -> Iterator[str]:
-    """The field ``text`` of each line; offsets are of the decompressed file."""
+def _jsonl(path: str) -> Iterator[tuple[Any, str]]:
+    """The record of each line, and where it is; offsets are of the decompressed file."""
     import pyarrow as pa
 
     kind = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
@@ -108,7 +125,12 @@ def _jsonl(path: str) -> Iterator[str]:
                 text = _decoded(line, path, offset)
                 offset += len(line)
                 if text.strip():
-                    yield _field(text, path, number)
+                    where = f"{path}, line {number}"
+                    try:
+                        record = json.loads(text)
+                    except json.JSONDecodeError as error:
+                        raise BadInput(f"{where}: not JSON ({error.msg})") from error
+                    yield record, where
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
         raise BadInput(f"{path}: truncated or damaged ({error})") from error
 
@@ -122,19 +144,19 @@ def _lines(stream) -> Iterator[bytes]:
         yield rest
 
 
-def _field(line: str, path: str, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}, line {number}: not JSON ({error.msg})") from error
+def _text(record: Any, where: str) -> str:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise BadInput(f"{path}, line {number}: needs a string field 'text', has {has}")
+        raise BadInput(f"{where}: needs a string field 'text', has {has}")
+    return _utf8(record["text"], where)
+
+
+def _utf8(text: str, where: str) -> str:
     try:
-        record["text"].encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise BadInput(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
-    return record["text"]
+        raise BadInput(f"{where}: not UTF-8 ({error.reason})") from error
+    return text
 
 
 def _parquet(path: str) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
     stores/<corpus>-<tokenizer>-<key>/
         train.bin, validation.bin, test.bin    uint16 or uint32 ids, end of text after a document
+        train.answers.bin, ...                 of conversations: a bit a token, each's from a byte
+        train.lengths.bin, ...                 and their tokens, uint32
         header.json                            sizes, hashes, statistics, a checksum of itself
 
 The folder is written under another name and renamed when everything is on the disk.
@@ -19,13 +21,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from lm.command import BadInput
+from lm.data import chat
 from lm.data.corpora import SPLITS, Corpus, Document
 from lm.data.tokenizers import Tokenizer
 
@@ -35,6 +38,7 @@ SCHEMA = 1
 HELD_OUT = {"validation": 0.04, "test": 0.02}
 MOST_HELD_OUT_BYTES = 64e6
 ENCODE_BATCH = 256  # documents at a time
+KINDS = {"": "", "answers": "uint8", "lengths": "uint32"}  # of a split's files; "": the header's
 
 
 class Survey(NamedTuple):
@@ -111,11 +115,16 @@ def path_of(corpus: Corpus, tokenizer: Tokenizer, data_dir: Path) -> Path:
 
 
 class Store(NamedTuple):
-    """An open store: ids of each split (memory-mapped, one axis) and the header."""
+    """An open store: ids of each split (memory-mapped, one axis) and the header.
+
+    Of conversations also, packed, which ids the loss counts, and the conversations' lengths.
+    """
 
     path: Path
     tokens: dict[str, np.ndarray]
     header: dict
+    answers: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
 
 
 def load(path: Path, verify: bool = False) -> Store | None:
@@ -133,15 +142,18 @@ def load(path: Path, verify: bool = False) -> Store | None:
         header = {}
     if header.get("checksum") != _checksum(header):
         raise BadInput(f"{path / 'header.json'}: damaged; delete the folder and run again")
-    tokens = {}
-    for split in SPLITS:
-        file, entry = path / f"{split}.bin", header["files"][split]
+    found: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KINDS}
+    for name, entry in header["files"].items():
+        file = path / f"{name}.bin"
         size = file.stat().st_size if file.exists() else -1
         if size != entry["bytes"] or (verify and _sha256(file) != entry["sha256"]):
             raise BadInput(f"{file}: damaged; delete the folder {path} and run again")
+        split, _, kind = name.partition(".")
+        dtype = KINDS[kind] or header["dtype"]
         # np.memmap's own class costs microseconds at every indexing; its plain view does not.
-        tokens[split] = np.asarray(np.memmap(file, header["dtype"], "r")) if size else np.zeros(0)
-    return Store(path, tokens, header)
+        array = np.asarray(np.memmap(file, dtype, "r")) if size else np.zeros(0, dtype)
+        found[kind][split] = array
+    return Store(path, found[""], header, found["answers"], found["lengths"])
 
 
 def write(path: Path, corpus: Corpus, tokenizer: Tokenizer, found: Survey) -> None:
@@ -172,8 +184,10 @@ def write(path: Path, corpus: Corpus, tokenizer: Tokenizer, found: Survey) -> No
 def _write_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, found: Survey) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     statistics = json.loads(json.dumps(found.sources))
+    kinds = KINDS if corpus.template else ("",)
+    names = [f"{split}.{kind}".rstrip(".") for split in SPLITS for kind in kinds]
     with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in SPLITS}
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
         for batch in track(
             _batches(corpus, found),
             f"tokenising {corpus.name}",
@@ -182,10 +196,14 @@ def _write_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, found: Surv
             transient=True,
             disable=not sys.stderr.isatty(),
         ):
-            encoded = tokenizer.encode_batch([document.text for document, _ in batch])
-            for (document, split), ids in zip(batch, encoded, strict=True):
-                ids = np.append(ids, tokenizer.end_of_text).astype(dtype)
-                files[split].write(ids.tobytes())
+            for document, split, ids in _encoded(batch, corpus, tokenizer):
+                if corpus.template:
+                    ids, is_answer = ids
+                    files[f"{split}.answers"].write(np.packbits(is_answer).tobytes())
+                    files[f"{split}.lengths"].write(np.uint32(len(ids)).tobytes())
+                else:
+                    ids = np.append(ids, tokenizer.end_of_text)
+                files[split].write(ids.astype(dtype).tobytes())
                 statistics[document.source][split]["tokens"] += len(ids)
         for file in files.values():
             file.flush()
@@ -200,11 +218,11 @@ def _write_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, found: Surv
         "end_of_text": tokenizer.end_of_text,
         "dtype": dtype.name,
         "files": {
-            split: {
-                "bytes": (folder / f"{split}.bin").stat().st_size,
-                "sha256": _sha256(folder / f"{split}.bin"),
+            name: {
+                "bytes": (folder / f"{name}.bin").stat().st_size,
+                "sha256": _sha256(folder / f"{name}.bin"),
             }
-            for split in SPLITS
+            for name in names
         },
         "sources": statistics,
     }
@@ -213,6 +231,21 @@ def _write_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, found: Surv
         json.dump(header, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _encoded(
+    batch: list[tuple[Document, str]], corpus: Corpus, tokenizer: Tokenizer
+) -> Iterator[tuple[Document, str, Any]]:
+    """Each document, its split and its ids; of a conversation also which of them are answers."""
+    if corpus.template is None:
+        encoded = tokenizer.encode_batch([document.text for document, _ in batch])
+        yield from ((*given, ids) for given, ids in zip(batch, encoded, strict=True))
+        return
+    for document, split in batch:
+        try:
+            yield document, split, chat.encode(tokenizer, corpus.template, document.text)
+        except BadInput as error:
+            raise BadInput(f"{document.where}: {error}") from error
 
 
 def _batches(corpus: Corpus, found: Survey) -> Iterator[list[tuple[Document, str]]]:

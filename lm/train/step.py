@@ -140,7 +140,7 @@ class Program:
         shape = (self.config.train.steps_per_dispatch, sequences, data.seq_len)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=lay)
         weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=lay)
-        documents = (weights, tokens, tokens) if data.respect_documents else ()
+        documents = (weights, tokens, tokens) if data.keeps_apart else ()
         state = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             *(self.abstract_state, self.state_sharding),

@@ -80,7 +80,7 @@ def test_dataset_of_a_tfds_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_corpus_at_all", "not pd_english, text or mixture, and TFDS cannot prepare it"),
+        ("no_such_corpus_at_all", "not pd_english, text, chat or mixture, and TFDS cannot prepare"),
         pytest.param(
             "c4/en",
             "No module named 'apache_beam'",
