@@ -1,0 +1,204 @@
+"""Batched, padded and over two devices against one row at a time on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from lm.command import BadInput
+from lm.config import Config, MeshConfig, ModelConfig, replace
+from lm.data.tokenizers import ByteTokenizer, JsonTokenizer, train_bpe
+from lm.evaluate import Scorer
+from lm.evaluate import scorer as module
+from lm.generate.sampling import Sampling
+from lm.model import Decoder
+from lm.sharding import make_mesh
+
+CONFIG = Config(
+    model=ModelConfig(vocab_size=264, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24)
+)
+CONFIG = replace(CONFIG, data={"seq_len": 48})
+PAIRS = [
+    ("To be, or", " not to be"),
+    ("", "It was a"),
+    ("a long text that goes on and on, for", " so long"),
+    ("naïve ", "日"),
+    ([1, 2, 3], [4, 5]),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Many small programs run once each: their compilation is what these tests wait for."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def made(config=CONFIG, mesh=None, **settings):
+    decoder = Decoder(config.model, config.data.seq_len)
+    params = jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    # As drawn, a small decoder is sure of nothing; a larger embedding tells texts apart.
+    params = dict(meta.unbox(params))
+    params["embedding"] = 4 * params["embedding"]
+    mesh = make_mesh(mesh or MeshConfig(), jax.devices()[:2])
+    return Scorer(config, params, ByteTokenizer(), mesh, **settings), decoder, params
+
+
+@pytest.fixture(scope="module")
+def bytewise():
+    return made()
+
+
+def alone(decoder, params, context, continuation):
+    """log p of the whole next-token distribution at each token of the continuation, (n, V)."""
+    tokens = [*context, *continuation]
+    tokens_BT = jnp.zeros((1, 48), jnp.int32).at[0, : len(tokens) - 1].set(jnp.array(tokens[:-1]))
+    log_p_TV = forward(decoder, params, tokens_BT)[0]
+    return np.asarray(log_p_TV)[len(context) - 1 : len(tokens) - 1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(decoder, params, tokens_BT):
+    return jax.nn.log_softmax(decoder.apply({"params": params}, tokens_BT))
+
+
+def assert_exact(found, decoder, params, rows, atol=1e-5):
+    for (context, continuation), scored in zip(rows, found, strict=True):
+        log_p_nV = alone(decoder, params, context, continuation)
+        chosen = log_p_nV[np.arange(len(continuation)), continuation]
+        np.testing.assert_allclose(scored.token_log_probs, chosen, atol=atol)
+        assert scored.log_prob == pytest.approx(chosen.sum(), abs=atol * len(chosen))
+        hits = np.eye(log_p_nV.shape[1])[continuation]
+        brier = np.square(np.exp(log_p_nV) - hits).sum(-1)
+        np.testing.assert_allclose(scored.token_brier_scores, brier, atol=atol)
+        assert scored.greedy == (log_p_nV.argmax(-1) == continuation).all()
+
+
+def test_batched_is_exactly_unbatched(monkeypatch):
+    monkeypatch.setattr(module, "HEAD_ELEMENTS", 264 * 8)  # a few positions' logits at a time
+    scorer, decoder, params = made(batch_tokens=64)  # and two batches of the smallest bucket
+    rows = [scorer.encode_pair(*pair) for pair in PAIRS]
+    assert_exact(scorer.log_likelihoods(PAIRS), decoder, params, rows)
+
+
+def test_what_the_model_would_write_is_greedy(bytewise):
+    scorer, *_ = bytewise
+    prompt = list(b"To be")
+    (written,) = scorer.generate([prompt], 6)
+    own = written.completion.tokens
+    assert len(own) == 6
+    other = [*own[:-1], (own[-1] + 1) % 256]
+    first, second = scorer.log_likelihoods([(prompt, own), (prompt, other)])
+    assert first.greedy and not second.greedy
+    np.testing.assert_allclose(
+        first.token_log_probs, written.completion.log_probabilities, atol=1e-5
+    )
+
+
+def test_a_bucket_compiles_once(bytewise):
+    scorer, *_ = bytewise
+    scorer.log_likelihoods([("abc", "de")] * 3)
+    before = scorer._run._cache_size()
+    scorer.log_likelihoods([("xy", "z"), ("abcdefgh", "ijk")])
+    assert scorer._run._cache_size() == before
+    scorer.log_likelihoods([("a" * 30, "z")])
+    assert scorer._run._cache_size() == before + 1
+
+
+def test_contexts_are_cut_from_the_left_only_when_asked(bytewise):
+    scorer, decoder, params = bytewise
+    tokens = np.random.default_rng(0).integers(0, 256, 60).tolist()
+    fits = (tokens[-49:-3], tokens[-3:])
+    assert_exact(scorer.log_likelihoods([fits]), decoder, params, [fits])
+    with pytest.raises(BadInput, match="must be at most 49 together"):
+        scorer.log_likelihoods([(tokens[-50:-3], tokens[-3:])])
+    assert_exact(
+        scorer.log_likelihoods([(tokens[:-3], tokens[-3:])], cut=True), decoder, params, [fits]
+    )
+    with pytest.raises(BadInput, match="a continuation of 49"):
+        scorer.log_likelihoods([(tokens[:11], tokens[11:])], cut=True)
+    with pytest.raises(BadInput, match="at most 48 together"):
+        scorer.generate([tokens], 4)
+    short, cut = (scorer.generate([t], 4, cut=True)[0] for t in (tokens[-44:], tokens))
+    assert short == cut
+
+
+def test_pairs_are_encoded_together():
+    """Blanks go with the continuation, whose tokens are the joint text's."""
+    texts = ["the cat and the hat and the bat " * 9]
+    tokenizer = JsonTokenizer.__new__(JsonTokenizer)
+    from tokenizers import Tokenizer
+
+    tokenizer._tokenizer = Tokenizer.from_str(train_bpe(texts, 270))
+    tokenizer.prefix, tokenizer.end_of_text = (), 256
+    scorer = Scorer.__new__(Scorer)
+    scorer.tokenizer = tokenizer
+    context, continuation = scorer.encode_pair("the cat ", "and")
+    assert context == tokenizer.encode("the cat").tolist()
+    assert continuation == tokenizer.encode(" and").tolist()
+    assert scorer.encode_pair("", "the")[0] == [256]
+    tokenizer.prefix = (7,)
+    assert scorer.encode_pair("the", " cat")[0][0] == 7
+    assert scorer.encode_pair("", "the")[0] == [7]
+
+
+def test_experts_drop_nothing_whatever_the_batch():
+    config = replace(
+        CONFIG,
+        model={"moe": {**vars(CONFIG.model.moe), "n_experts": 4, "capacity_factor": 0.5}},
+    )
+    config = replace(config, model={"moe": {**vars(config.model.moe), "dispatch": "capacity"}})
+    scorer, _, params = made(config)
+    free = replace(config, model={"moe": {**vars(config.model.moe), "dispatch": "auto"}})
+    rows = [scorer.encode_pair(*pair) for pair in PAIRS]
+    assert_exact(scorer.log_likelihoods(PAIRS), Decoder(free.model, 48), params, rows)
+    looking = replace(config, model={"moe": {**vars(config.model.moe), "routing": "expert_choice"}})
+    with pytest.raises(BadInput, match="'token_choice'"):
+        made(looking)[0].log_likelihoods(PAIRS)
+
+
+def test_tensor_parallel_is_the_same(bytewise):
+    scorer, decoder, params = made(replace(CONFIG, mesh={"model": 2}), mesh=MeshConfig(model=2))
+    rows = [scorer.encode_pair(*pair) for pair in PAIRS]
+    assert_exact(scorer.log_likelihoods(PAIRS), decoder, params, rows)
+
+
+def test_generation_stops_at_a_text_and_keeps_the_order(bytewise):
+    scorer, *_ = bytewise
+    prompts = ["a longer prompt than", "It", "was", "longer than a word"]
+    whole = scorer.generate(prompts, 8)
+    assert [scorer.generate([p], 8)[0].text for p in prompts] == [g.text for g in whole]
+    stop = whole[0].text[3]
+    for full, cut in zip(whole, scorer.generate(prompts, 8, until=[stop, "never"]), strict=True):
+        assert cut.text == full.text.split(stop)[0]
+    drawn = [scorer.generate(prompts, 8, Sampling(), seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    "pairs, line",
+    [
+        ([("a", "")], "a continuation of no tokens"),
+        ([([], [1])], "a context of no tokens"),
+        ([("a", [1])], "must be two texts"),
+        ([([1], [264])], "a token 264: must be below the model's 264"),
+    ],
+)
+def test_bad_pairs(bytewise, pairs, line):
+    with pytest.raises(BadInput, match=line):
+        bytewise[0].log_likelihoods(pairs)
+
+
+def test_a_tokenizer_beyond_the_embedding():
+    with pytest.raises(BadInput, match="tokenizer bytes has 257 ids, the embedding 200 rows"):
+        made(replace(CONFIG, model={"vocab_size": 200}))
+
+
+def test_learned_positions_end():
+    config = replace(CONFIG, model={"position": "learned"})
+    with pytest.raises(BadInput, match="learned positions end at 48"):
+        made(config, max_length=64)
