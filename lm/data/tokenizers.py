@@ -1,10 +1,10 @@
 """Text to token ids and back: bytes, byte-level BPE, or any Hugging Face ``tokenizer.json``.
 
-Every tokenizer has ``name, vocab_size, end_of_text, prefix, fingerprint, token_bytes, encode,
-encode_batch, decode``. ``prefix`` is what its maker puts before a text (Llama's <s>), which
-``encode`` leaves out. ``token_bytes`` (int32[vocab_size]) is how many bytes of text each id stands
-for, so that bits per byte = nats / (ln 2 * sum of token_bytes over the targets); the end of text
-stands for none.
+Every tokenizer has ``name, vocab_size, end_of_text, prefix, special_names, fingerprint,
+token_bytes, encode, encode_batch, encode_marked, decode``. ``prefix`` is what its maker puts before
+a text (Llama's <s>), which ``encode`` leaves out. ``token_bytes`` (int32[vocab_size]) is how many
+bytes of text each id stands for, so that bits per byte = nats / (ln 2 * sum of token_bytes over the
+targets); the end of text stands for none.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ class ByteTokenizer:
     prefix = ()
     fingerprint = "bytes-257"
     token_bytes = np.array([1] * 256 + [0], np.int32)
+    special_names = (END_OF_TEXT,)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, uint16[len(text in UTF-8)]; no end of text is added."""
@@ -38,6 +39,24 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
+
+    def encode_marked(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of ``text``, where a special token's name is that token, and the character at which
+        each begins; int64 both."""
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        for i, part in enumerate(text.split(END_OF_TEXT)):
+            if i:
+                ids.append(self.end_of_text)
+                starts.append(at)
+                at += len(END_OF_TEXT)
+            for character in part:
+                data = character.encode()
+                ids += data
+                starts += [at] * len(data)
+                at += 1
+        return np.array(ids, np.int64), np.array(starts, np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; bytes that are not UTF-8 (a cut character) become U+FFFD.
@@ -84,9 +103,11 @@ class JsonTokenizer:
         encode = self._tokenizer.encode
         plain, whole = (encode("a", add_special_tokens=added).ids for added in (False, True))
         self.prefix = tuple(whole[: whole.index(plain[0])])
-        self.content = content  # of the tokenizer.json
+        self.path, self.content = path, content  # of the tokenizer.json
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
         self.token_bytes = _token_bytes(json.loads(content), vocabulary, self.vocab_size)
+        added = json.loads(content).get("added_tokens", [])
+        self.special_names = tuple(t["content"] for t in added if t.get("special"))
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, uint32; no special token is added."""
@@ -95,6 +116,16 @@ class JsonTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.uint32) for e in encoded]
+
+    def encode_marked(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """As ``ByteTokenizer.encode_marked``."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        starts = [start for start, _ in found.offsets]
+        return np.array(found.ids, np.int64), np.array(starts, np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens by name."""
