@@ -47,6 +47,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10"],
         "ray": ["ray>=2.40"],
         "slurm": ["submitit>=1.5"],
+        "wandb": ["wandb>=0.19"],
         "gguf": ["gguf>=0.17"],
         "quant": ["qwix>=0.1.8"],
         "compare": ["torch>=2.6", "transformers>=4.50"],

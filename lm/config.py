@@ -345,6 +345,7 @@ class TrainConfig:
     log_every: int = 100  # optimizer steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # optimizer steps between checkpoints (0: at the end only, -1: none)
     tensorboard: bool = True  # event files beside metrics.jsonl
+    track: str = ""  # what else gets them: wandb (extra `wandb`)
     seed: int = 0
 
     def __post_init__(self):
@@ -362,6 +363,8 @@ class TrainConfig:
         )
         one_of("train.batch_rule", self.batch_rule, RULES_BATCH)
         one_of("train.flops_convention", self.flops_convention, FLOPS_CONVENTIONS)
+        if self.track not in ("", "wandb"):
+            raise BadInput(f"train.track = {self.track!r}: must be 'wandb', or '' for nothing")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lm.score import Score, score
 from lm.sharding import batch_shards, make_mesh
 from lm.train.device import description, matmul_peak
 from lm.train.experts import ExpertWatch
-from lm.train.metrics import MetricsLog
+from lm.train.metrics import MetricsLog, check_trackers
 from lm.train.recipe import Recipe, branch_step, check_vocabulary, resolve
 from lm.train.step import Program, State
 
@@ -72,6 +72,7 @@ def train(
     recipe = resolve(config, batch_shards(mesh))
     dataset = dataset or data.open_dataset(config.data)
     check_vocabulary(config, dataset.vocab_size)
+    check_trackers(config.train)
     programs = {} if programs is None else programs
     key = Program.key(config)
     if key not in programs:
@@ -110,8 +111,8 @@ class _Run:
             self._start_clock()
             state, step = self._first_state(start_from)
             if hosts.is_first():
-                self.log = MetricsLog(self.workdir, step, self.config.train.tensorboard)
-                stack.callback(self.log.close)
+                log = MetricsLog.of(self.config, self.workdir, step)
+                self.log = stack.enter_context(log)
             status, step = self._steps(state, step)
         self._read_clock()
         result = self._result(status, step)

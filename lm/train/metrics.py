@@ -1,30 +1,92 @@
-"""``metrics.jsonl``, one object a line, and the same as TensorBoard events."""
+"""``metrics.jsonl``, one object a line, and the same for TensorBoard and Weights & Biases."""
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
-from lm.command import write_atomically
+from lm.command import BadInput, write_atomically
+from lm.config import Config, TrainConfig, to_dict
+
+
+class Tracker(Protocol):
+    """Where else a run's numbers go."""
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """The finite numbers of one line."""
+
+    def close(self, done: bool) -> None:
+        """``done``: the run has ended, and not been interrupted."""
+
+
+class TensorBoard:
+    """Event files beside the log, by tensorboardX: clu's writers import tensorflow."""
+
+    def __init__(self, config: Config, workdir: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, done: bool) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run in W&B, gone on with when this one is; WANDB_PROJECT and all its variables count."""
+
+    def __init__(self, config: Config, workdir: Path, step: int):
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "lm"),
+                name=config.name,
+                config=to_dict(config),
+                dir=str(workdir),
+                resume="auto",  # by a file that it leaves there when the run is not done
+                settings=wandb.Settings(console="off"),  # the progress bar is no log
+            )
+        except wandb.errors.Error as error:
+            raise BadInput(f"train.track = 'wandb': {error}") from error
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def close(self, done: bool) -> None:
+        self._run.finish(exit_code=0 if done else 1)
+
+
+def check_trackers(train: TrainConfig) -> None:
+    """Raises ``BadInput`` where the tracker that is asked for is not installed."""
+    if train.track and not find_spec(train.track):
+        raise BadInput(
+            f"train.track = {train.track!r}: needs `pip install 'lm-scaling[{train.track}]'`"
+        )
 
 
 class MetricsLog:
-    """Appends to a run's log. Opened at a step, it forgets what was logged beyond that step.
+    """Appends to a run's log. Opened at a step, it forgets what was logged beyond that step."""
 
-    TensorBoard events are written by tensorboardX: clu's writers import tensorflow.
-    """
-
-    def __init__(self, workdir: Path, step: int, tensorboard: bool = True):
+    def __init__(self, workdir: Path, step: int, trackers: Sequence[Tracker] = ()):
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
+        self._trackers = trackers
 
-            self._events = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+    @classmethod
+    def of(cls, config: Config, workdir: Path, step: int) -> "MetricsLog":
+        """With the trackers that ``config.train`` asks for."""
+        kinds = [TensorBoard] * config.train.tensorboard
+        kinds += [WeightsAndBiases] * (config.train.track == "wandb")
+        return cls(workdir, step, [kind(config, workdir, step) for kind in kinds])
 
     def write(self, line: dict) -> None:
         """Writes one line; numbers that are not finite become null, which JSON can hold."""
@@ -33,10 +95,9 @@ class MetricsLog:
             for key, value in line.items()
         }
         self._file.write(json.dumps(line) + "\n")
-        if self._events:
-            for key, value in _scalars(line):
-                if key != "step" and value is not None:
-                    self._events.add_scalar(key, value, line["step"])
+        scalars = {k: v for k, v in _scalars(line) if k != "step" and v is not None}
+        for tracker in self._trackers:
+            tracker.write(line["step"], scalars)
 
     def flush(self, to_disk: bool = False) -> None:
         """Shows to others what was written; ``to_disk`` waits until the disk, or bucket, has it."""
@@ -44,11 +105,17 @@ class MetricsLog:
         if to_disk:
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Flushes and closes."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        self.close(done=error is None)
+
+    def close(self, done: bool = True) -> None:
+        """Flushes and closes; ``done``: the run has ended, and not been interrupted."""
         self._file.close()
-        if self._events:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close(done)
 
 
 def _scalars(line: dict) -> Iterator[tuple[str, float | None]]:

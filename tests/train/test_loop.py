@@ -183,7 +183,7 @@ def test_an_axis_that_does_not_divide_its_dimension_is_refused(config, tmp_path)
 def test_a_torn_line_of_the_log_is_forgotten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
-    log = MetricsLog(tmp_path, step=1, tensorboard=False)
+    log = MetricsLog(tmp_path, step=1)
     log.write({"step": 2, "loss": float("nan")})
     log.close()
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "loss": None}]

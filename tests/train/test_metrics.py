@@ -1,11 +1,17 @@
-"""The run's log."""
+"""The run's log, and those that get the same numbers."""
 
+import json
+
+import pytest
+
+from lm.command import BadInput
+from lm.config import Config, replace
 from lm.train import metrics
-from lm.train.metrics import MetricsLog, read_metrics
+from lm.train.metrics import MetricsLog, check_trackers, read_metrics
 
 
 def test_what_is_flushed_to_disk_was_all_written_before(tmp_path, monkeypatch):
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path, 0)
     synced = []
     path = tmp_path / "metrics.jsonl"
     monkeypatch.setattr(metrics.os, "fsync", lambda file: synced.append(path.read_text()))
@@ -16,3 +22,54 @@ def test_what_is_flushed_to_disk_was_all_written_before(tmp_path, monkeypatch):
     log.flush(to_disk=True)
     assert synced == ['{"step": 1, "train_loss": null}\n{"step": 2}\n']
     log.close()
+
+
+class Noted(list):
+    def write(self, step, scalars):
+        self.append((step, scalars))
+
+    def close(self, done):
+        self.append(done)
+
+
+def test_trackers_get_the_finite_numbers_and_how_it_ended(tmp_path):
+    whole, interrupted = Noted(), Noted()
+    with MetricsLog(tmp_path, 0, [whole]) as log:
+        log.write({"step": 1, "train_loss": float("inf"), "expert_load": [[0.5, 0.25]]})
+    assert whole == [(1, {"expert_load/0/0": 0.5, "expert_load/0/1": 0.25}), True]
+    with pytest.raises(KeyboardInterrupt), MetricsLog(tmp_path, 0, [interrupted]) as log:
+        raise KeyboardInterrupt
+    assert interrupted == [False]
+
+
+def test_tensorboard_and_nothing_else_gets_them_by_default(tmp_path):
+    MetricsLog.of(Config(), tmp_path, 0).close()
+    assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {"metrics", "events"}
+
+
+def test_a_tracker_that_is_not_installed_is_told(monkeypatch):
+    train = replace(Config(), train={"track": "wandb"}).train
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"'wandb': needs `pip install 'lm-scaling\[wandb\]'`"):
+        check_trackers(train)
+    with pytest.raises(BadInput, match="train.track = 'mlflow': must be 'wandb'"):
+        replace(Config(), train={"track": "mlflow"})
+
+
+def test_weights_and_biases_goes_on_with_an_interrupted_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = replace(Config(), train={"track": "wandb", "tensorboard": False})
+    with pytest.raises(KeyboardInterrupt), MetricsLog.of(config, tmp_path, 0) as log:
+        log.write({"step": 1, "train_loss": 3.140625})
+        raise KeyboardInterrupt
+    run = json.loads((tmp_path / "wandb" / "wandb-resume.json").read_text())["run_id"]
+    with MetricsLog.of(config, tmp_path, 1) as log:
+        log.write({"step": 2, "train_loss": 2.718750})
+    wandb.teardown()  # waits for its own process to have written
+    files = sorted(tmp_path.glob(f"wandb/offline-run-*/run-{run}.wandb"))
+    for file, loss in zip(files, (b"3.140625", b"2.71875"), strict=True):
+        written = file.read_bytes()
+        assert b"train_loss" in written and loss in written and b"learning_rate_rule" in written
+    # A run that is done is not gone on with: the folder may be used for another.
+    assert not (tmp_path / "wandb" / "wandb-resume.json").exists()

@@ -1,0 +1,93 @@
+"""Where a run's time goes, summed over its pieces where it was stopped and gone on with."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+STEP, COMPILE, DATA, CHECKPOINT = "step", "compile", "data", "checkpoint"
+EVALUATE, START, LOST, OTHER = "evaluate", "start", "lost", "other"
+PARTS = (STEP, COMPILE, DATA, CHECKPOINT, EVALUATE, START, LOST, OTHER)
+WORK = (STEP, DATA, CHECKPOINT, EVALUATE)  # is done again after a kill; the rest was overhead
+# Words in the names of what differs between two calls that are the same run.
+TIMED = ("seconds", "per_second", "mfu", "goodput", "memory", "device")
+
+
+class Clock:
+    """Splits wall time into ``PARTS``, which sum to it: one of them runs at any time.
+
+    compile: programs; data: waiting for batches; checkpoint: as long as it holds the loop up;
+    start: opening, making or restoring the state; lost: steps, and what went with them, that are
+    done again after a kill or a rollback.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._now, self._read = now, now()
+        self._lock = threading.Lock()  # a heartbeat reads from its own thread
+        self.part = OTHER  # that runs now
+        self._worked = 0.0  # seconds of work before this piece
+
+    @contextlib.contextmanager
+    def on(self, part: str) -> Iterator[None]:
+        """Time within it is of ``part``, but for that of an ``on`` inside."""
+        around = self.part
+        self._go_to(part)
+        try:
+            yield
+        finally:
+            self._go_to(around)
+
+    def _go_to(self, part: str) -> None:
+        with self._lock:
+            now = self._now()
+            self._seconds[self.part] += now - self._read
+            self._read, self.part = now, part
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part, until now."""
+        with self._lock:
+            return self._seconds | {self.part: self._seconds[self.part] + self._now() - self._read}
+
+    def work(self) -> float:
+        """Seconds of this piece that brought the run on: its steps, and what goes with them."""
+        return _work(self.seconds()) - self._worked
+
+    def go_on(self, saved: Mapping[str, float], last_seen: Mapping[str, float]) -> None:
+        """Adds an earlier piece: its ``seconds`` as of the checkpoint and of the last sign of life.
+
+        The second may be the older one. The time in which nobody trained is not counted.
+        """
+        seen = last_seen if sum(last_seen.values()) > sum(saved.values()) else saved
+        with self._lock:
+            for part in PARTS:
+                self._seconds[part] += seen.get(part, 0.0)
+        self._lose({part: seen.get(part, 0.0) - saved.get(part, 0.0) for part in WORK})
+        self._worked = _work(saved)
+
+    def roll_back(self, saved: Mapping[str, float]) -> None:
+        """All work since ``saved``, the ``seconds`` as of a checkpoint, is lost."""
+        now = self.seconds()
+        self._lose({part: now[part] - saved[part] for part in WORK})
+
+    def _lose(self, seconds: Mapping[str, float]) -> None:
+        with self._lock:
+            for part, lost in seconds.items():
+                self._seconds[part] -= lost
+                self._seconds[LOST] += lost
+
+
+def _work(seconds: Mapping[str, float]) -> float:
+    return sum(seconds.get(part, 0.0) for part in WORK)
+
+
+def goodput(seconds: Mapping[str, float]) -> float | None:
+    """The share of wall time that useful steps had; None of no time."""
+    wall = sum(seconds.values())
+    return seconds[STEP] / wall if wall else None
+
+
+def timeless(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A result, or a line of metrics, without what differs between two calls of the same run."""
+    return {k: v for k, v in record.items() if not any(word in k for word in TIMED)}
