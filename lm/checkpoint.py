@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lm import config as configuration
-from lm.command import BadInput, write_atomically
+from lm.command import BadInput, json_object, write_atomically
 from lm.model import Decoder
 from lm.sharding import layout, stored_shardings
 
@@ -30,7 +30,7 @@ def claim(workdir: Path, config: configuration.Config, force: bool = False) -> d
     path = workdir / "config.json"
     wanted = configuration.to_dict(config)
     if path.exists():
-        found = json.loads(path.read_text())["config"]
+        found = json_object(path).get("config")
         changed = list(configuration.differences(found, wanted))
         if changed and not force:
             raise BadInput(
@@ -39,7 +39,7 @@ def claim(workdir: Path, config: configuration.Config, force: bool = False) -> d
             )
         result = workdir / "result.json"
         if result.exists() and not changed:
-            return json.loads(result.read_text())
+            return json_object(result)
         result.unlink(missing_ok=True)
     write_atomically(path, json.dumps({"schema": SCHEMA, "config": wanted}, indent=1))
     return None
@@ -62,7 +62,7 @@ def load_config(workdir: Path) -> configuration.Config:
     path = workdir / "config.json"
     if not path.exists():
         raise BadInput(f"{workdir}: no run here (config.json is missing)")
-    config = configuration.from_config_dict(json.loads(path.read_text())["config"])
+    config = configuration.read_config(path)
     tokenizer = workdir / "tokenizer.json"
     if tokenizer.exists():
         config = configuration.replace(config, data={"tokenizer": str(tokenizer)})

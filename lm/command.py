@@ -6,6 +6,7 @@ Exit codes: 0 done (and ``--help``), 1 a failure, 2 bad input (nothing was writt
 import contextlib
 import difflib
 import errno
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 
@@ -101,6 +103,32 @@ def one_of(what: str, given: object, allowed: Sequence[object]) -> None:
     if given not in allowed:
         hint = nearest(given, map(str, allowed)) if isinstance(given, str) else ""
         raise BadInput(f"{what} = {given!r}: must be one of {', '.join(map(str, allowed))}{hint}")
+
+
+def check_folder(flag: str, given: str | None, example: str) -> None:
+    """Raises ``BadInput`` unless ``given`` is a folder, a URL, or could become a folder."""
+    if not given:
+        raise BadInput(f"{flag} is missing; as {flag}={example}")
+    if "://" not in given:
+        there = next(p for p in (Path(given), *Path(given).absolute().parents) if p.exists())
+        if not there.is_dir():
+            raise BadInput(f"{flag}={given}: {there} is a file; a folder is needed")
+
+
+def json_object(path: str | os.PathLike, text: str | None = None) -> dict[str, Any]:
+    """The object that a JSON file holds; ``text`` where it was read already.
+
+    Raises ``BadInput`` naming ``path``.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8") if text is None else text)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: must hold an object, not {type(content).__name__}")
+    return content
 
 
 @contextlib.contextmanager

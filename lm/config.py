@@ -5,13 +5,14 @@ How a config is written in a file and overridden on the command line: ``lm/confi
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_collections
 
-from lm.command import BadInput, nearest, one_of
+from lm.command import BadInput, json_object, nearest, one_of
 
 FLOPS_CONVENTIONS = ("6nd", "kaplan", "chinchilla", "exact", "exact_causal")
 RULES_LEARNING_RATE = ("fixed", "width", "kaplan2020", "porian2024", "step_law")
@@ -511,6 +512,20 @@ def from_config_dict(given: Any, kind: type = Config, path: str = "config") -> A
         else:
             values[key] = _typed(given[key], expected, f"{path}.{key}")
     return kind(**values)
+
+
+def read_config(path: str | os.PathLike, text: str | None = None) -> Config:
+    """The config in a run's ``config.json`` or a study's ``study.json``, or in ``text`` of it.
+
+    Raises ``BadInput`` naming file and key.
+    """
+    found = json_object(path, text).get("config")
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: key 'config' is missing; this is no run's and no study's")
+    try:
+        return from_config_dict(found)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
 
 
 def _typed(value: Any, expected: Any, path: str) -> Any:

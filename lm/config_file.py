@@ -55,7 +55,7 @@ def _get_config(path: str, arguments: list[str]) -> Any:
         return get_config(*arguments)
     except BadInput:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
         # ml_collections prints a locked section in full; its "Did you mean" is what helps.

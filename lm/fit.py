@@ -102,11 +102,10 @@ flags.DEFINE_integer("seed", 0, "of the bootstrap", flag_values=FLAGS)
 
 
 def main() -> int | None:
-    if not FLAGS.runs or not FLAGS.out:
-        raise BadInput("--runs and --out must be given, e.g. --runs=runs/isoflop_cpu --out=fits")
+    if not FLAGS.runs:
+        raise BadInput("--runs is missing; as --runs=runs/isoflop_cpu")
+    command.check_folder("--out", FLAGS.out, "fits")
     out = Path(FLAGS.out)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out={out} is a file; a folder is needed")
     console, progress = Console(), Console(stderr=True)
     with progress.status("reading") as status:
 

@@ -152,6 +152,43 @@ def test_nearest_and_one_of():
         command.one_of("x", 3, (1, 2))
 
 
+def test_a_folder_may_be_new_but_no_file_and_not_beneath_one(tmp_path):
+    (tmp_path / "file").touch()
+    for given in (tmp_path, tmp_path / "new/er", "gs://bucket/study", "new"):
+        command.check_folder("--out", str(given), "fits")
+    for given, says in (
+        (None, "--out is missing; as --out=fits"),
+        ("", "--out is missing"),
+        (f"{tmp_path}/file", "file is a file; a folder is needed"),
+        (f"{tmp_path}/file/below", "file is a file; a folder is needed"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            command.check_folder("--out", given, "fits")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "not JSON"),
+        (b'{"a": 1', "not JSON"),
+        (b'{"a": "\xff"}', "not JSON"),
+        (b"\0\0", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"7" * 5_000 + b"}", "not JSON"),
+        (b"[1]", "must hold an object, not list"),
+    ],
+)
+def test_damaged_json_is_refused_naming_the_file(content, says, tmp_path):
+    path = tmp_path / "held.json"
+    with pytest.raises(BadInput, match="held.json: cannot be read"):
+        command.json_object(path)
+    path.write_text('{"a": 1}')
+    assert command.json_object(path) == {"a": 1}
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=f"held.json: {says}"):
+        command.json_object(path)
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "law.json"
     command.write_atomically(path, "old")

@@ -1,6 +1,7 @@
 """What a config may hold, and the one line that each mistake in it becomes."""
 
 import dataclasses
+import json
 
 import ml_collections
 import pytest
@@ -19,6 +20,7 @@ from lm.config import (
     TrainConfig,
     differences,
     from_config_dict,
+    read_config,
     replace,
     to_config_dict,
     to_dict,
@@ -114,6 +116,7 @@ def test_wrong_overrides_are_one_line(write, override, says):
         ("import lm_nowhere", "mine.py, line 1: ModuleNotFoundError: No module named"),
         ("x = 1", "mine.py: has no get_config()"),
         ("def get_config():\n    return 1 / 0", "mine.py, line 2: ZeroDivisionError"),
+        ("def get_config():\n    raise SystemExit", "mine.py, line 2: SystemExit"),
         ("def get_config():\n    return {}", "must return a ConfigDict, not dict"),
         ("def get_config(size): pass", "needs an argument, as "),
         (FILE.format(line="config.model.d_modle = 3"), 'Did you mean "d_model" instead'),
@@ -235,6 +238,19 @@ def test_replace_changes_what_it_is_told_and_what_follows(config, d_model, seed)
     assert changed.model == expected and changed.name == "other"
     assert changed.train == dataclasses.replace(config.train, seed=seed)
     assert (changed.data, changed.sweep) == (config.data, config.sweep)
+
+
+def test_a_damaged_file_of_a_config_is_refused_naming_it(tmp_path):
+    path, held = tmp_path / "config.json", {"schema": 1, "config": to_dict(Config())}
+    path.write_text(json.dumps(held))
+    assert read_config(path) == Config()
+    for text, says in (
+        (path.read_text()[:-9], "not JSON"),
+        ("{}", "key 'config' is missing"),
+        ('{"config": {"model": {"d_modle": 1}}}', "d_modle: unknown key; did you mean"),
+    ):
+        path.write_text(text)
+        assert f"{path}: " in (told := refusal(read_config, path)) and says in told
 
 
 def test_differences_name_each_changed_setting():

@@ -157,6 +157,7 @@ def test_two_tables_side_by_side(known_law_tables, fitted, tmp_path, capsys):
         (["--drop_highest_loss=1000"], "drop_highest_loss"),
         (["--compare=missing.json"], "missing.json"),
         (["--window=-1"], "window"),
+        (["--out="], "--out is missing"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(

@@ -35,6 +35,7 @@ class Corpus(NamedTuple):
     key: str
     read: Callable[[], Iterator[Document]]
     template: chat.Template | None = None  # of conversations
+    remember: Callable[[], None] = lambda: None  # called once all of it was read or found prepared
 
 
 def find(name: str, files: str, data_dir: Path) -> Corpus:

@@ -223,6 +223,8 @@ def open_dataset(config: DataConfig) -> Dataset:
         windows = {s: _windows(opened, s, config.seq_len) for s in corpora.SPLITS}
         sources.append(Source(corpus.name, weight / total, opened, windows))
     _check(config, sources)
+    for corpus, _ in named:
+        corpus.remember()
     return Dataset(config, tokenizer, sources)
 
 

@@ -33,18 +33,25 @@ def corpus(pattern: str, data_dir: Path, chats: bool = False) -> Corpus:
     for path in paths:
         if not path.endswith(suffixes):
             raise BadInput(f"{path}: must be one of {', '.join(suffixes)}")
-    key = _content_key(paths, data_dir)
-    if chats:
-        return Corpus(f"chat:{pattern}", key, lambda: _read_chats(paths), chat.Template("", {}))
-    return Corpus(f"text:{pattern}", key, lambda: _read(paths))
-
-
-def _content_key(paths: list[str], data_dir: Path) -> str:
-    """Hash of names and contents. Unchanged files (by size and time) are not read a second time."""
+    # Unchanged files (by size and time) are not read a second time.
     stats = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
     memo = data_dir / "hashes" / hashlib.sha256(repr(stats).encode()).hexdigest()[:24]
-    if memo.exists():
-        return memo.read_text()
+    known = memo.exists()
+    key = memo.read_text() if known else _content_key(paths)
+
+    def remember() -> None:
+        if not known:
+            write_atomically(memo, key)
+
+    if chats:
+        name, read, template = "chat", _read_chats, chat.Template("", {})
+    else:
+        name, read, template = "text", _read, None
+    return Corpus(f"{name}:{pattern}", key, lambda: read(paths), template, remember)
+
+
+def _content_key(paths: list[str]) -> str:
+    """Hash of names and contents."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -53,9 +60,7 @@ def _content_key(paths: list[str], data_dir: Path) -> str:
         except OSError as error:
             raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
         digest.update(Path(path).name.encode() + b"\0" + content)
-    key = digest.hexdigest()
-    write_atomically(memo, key)
-    return key
+    return digest.hexdigest()
 
 
 def _read(paths: list[str]) -> Iterator[Document]:
@@ -128,8 +133,9 @@ def _jsonl(path: str) -> Iterator[tuple[Any, str]]:
                     where = f"{path}, line {number}"
                     try:
                         record = json.loads(text)
-                    except json.JSONDecodeError as error:
-                        raise BadInput(f"{where}: not JSON ({error.msg})") from error
+                    except (ValueError, RecursionError) as error:
+                        told = getattr(error, "msg", error)
+                        raise BadInput(f"{where}: not JSON ({told})") from error
                     yield record, where
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
         raise BadInput(f"{path}: truncated or damaged ({error})") from error

@@ -280,4 +280,12 @@ def preparing(data_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             for stale in (data_dir / "stores").glob(".*"):  # left by killed processes
                 shutil.rmtree(stale, ignore_errors=True)
-        yield
+        try:
+            yield
+        except BadInput:  # leaves nothing behind: of an unlinked lock too only the waiting is lost
+            if not any((data_dir / "stores").glob("*")):
+                (data_dir / ".lock").unlink(missing_ok=True)
+                for folder in (data_dir / "stores", data_dir):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+            raise

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lm.command import BadInput
+from lm.command import BadInput, json_object
 
 INDEX = "model.safetensors.index.json"
 # What goes along with the weights: read by transformers, and of these tokenizer.json by us.
@@ -30,9 +30,9 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = _json(path / "config.json")
+        self.config = json_object(path / "config.json")
         if (path / INDEX).exists():
-            files = sorted(set(_json(path / INDEX).get("weight_map", {}).values()))
+            files = sorted(set(json_object(path / INDEX).get("weight_map", {}).values()))
         else:
             files = ["model.safetensors"]
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -51,18 +51,6 @@ class Folder:
         """The content of the COMPANIONS that are there."""
         there = (self.path / name for name in COMPANIONS)
         return {path.name: path.read_bytes() for path in there if path.exists()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: must hold an object")
-    return content
 
 
 def _open(path: Path) -> Any:

@@ -1,11 +1,10 @@
 """Two laws side by side, with the interval of each difference from both bootstraps' draws."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
-from lm.command import BadInput
+from lm.command import BadInput, json_object
 from lm.scaling import ParametricLaw, percentile_interval
 from lm.scaling.multiplier import compute_multiplier
 from lm.scaling.published import read_law
@@ -17,7 +16,7 @@ CONSTANTS = ("E", "A", "B", "alpha", "beta")
 def read_law_file(path: Path) -> dict:
     """The content of a law.json. Raises BadInput naming file and key."""
     read_law(path)
-    content = json.loads(path.read_text())
+    content = json_object(path)
     for approach in content["approaches"]:
         read_law(path, approach)
     if not content.get("flops_range"):

@@ -1,13 +1,12 @@
 """Laws by name, with their sources, and laws from a fitted law.json: what `lm.plan` plans with."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lm.command import BadInput, nearest
+from lm.command import BadInput, json_object, nearest
 from lm.scaling.accounting import PARAMS_CONVENTIONS
 from lm.scaling.data_limited import MUENNIGHOFF2023
 from lm.scaling.inference import SARDANA2024
@@ -190,13 +189,8 @@ def _ratio_law(text: str) -> NamedLaw:
 
 def read_law(path: Path, approach: str = "") -> NamedLaw:
     """One approach of a law.json that `lm.fit` wrote. Raises BadInput naming file and key."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise BadInput(f"{path}: is not JSON ({error})") from None
-    approaches = content.get("approaches") if isinstance(content, dict) else None
+    content = json_object(path)
+    approaches = content.get("approaches")
     if not isinstance(approaches, dict) or not approaches:
         raise BadInput(f"{path}: key 'approaches' is missing; this is not a law.json of lm.fit")
     if not approach:

@@ -74,8 +74,7 @@ def main() -> int | None:
 
 def _sweep() -> int | None:
     started = time.monotonic()
-    if FLAGS.workdir is None:
-        raise BadInput("--workdir is missing; as --workdir=runs/isoflop_cpu")
+    command.check_folder("--workdir", FLAGS.workdir, "runs/isoflop_cpu")
     store = Store(FLAGS.workdir)
     console = Console(highlight=False, soft_wrap=True)
     if FLAGS.status:

@@ -32,6 +32,8 @@ class Folder:
             return (self.local / name).read_text()
         except FileNotFoundError:
             return None
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{self.local / name}: damaged ({error})") from error
 
     def write(self, name: str, text: str) -> None:
         """Writes a file whole."""

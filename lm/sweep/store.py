@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.command import BadInput, write_atomically
-from lm.config import Config, differences, from_config_dict, to_dict
+from lm.command import BadInput, json_object, write_atomically
+from lm.config import Config, differences, read_config, to_dict
 from lm.sweep.files import Bucket, Folder
 from lm.sweep.leases import Leases
 from lm.train.metrics import read_metrics
@@ -78,7 +78,7 @@ class Store:
         study = self.files.read("study.json")
         if not study:
             raise BadInput(f"--workdir={self.workdir}: no study here (study.json is missing)")
-        return from_config_dict(json.loads(study)["config"])
+        return read_config(self.workdir / "study.json", study)
 
     def scan(self) -> None:
         """Reads the results that have come since the last look."""
@@ -145,8 +145,8 @@ def _csv(header, rows) -> str:
 
 def _row(folder: Path) -> dict[str, Any]:
     """The row of a finished run: what its config asked for and what its result says."""
-    config = json.loads((folder / "config.json").read_text())["config"]
-    result = json.loads((folder / "result.json").read_text())
+    config = to_dict(read_config(folder / "config.json"))
+    result = json_object(folder / "result.json")
     known = {
         **config["model"],
         **{name: config["data"][name] for name in ("seq_len", "corpus", "tokenizer")},
@@ -156,7 +156,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "optimizer": "adamw b1={beta1} b2={beta2} wd={weight_decay} clip={clip_norm}".format(
             **config["optimizer"]
         ),
-        "n_experts": config["model"].get("moe", {}).get("n_experts", 0),
+        "n_experts": config["model"]["moe"]["n_experts"],
         **result,
         "run_id": folder.name,
     }
@@ -189,8 +189,7 @@ def _loads(folder: Path) -> list[tuple]:
     if not lines:
         return []
     chosen = np.unique(np.linspace(0, len(lines) - 1, EXPERT_POINTS).round().astype(int))
-    rows, config = [], json.loads((folder / "config.json").read_text())["config"]
-    layers = from_config_dict(config).model.moe_layers
+    rows, layers = [], read_config(folder / "config.json").model.moe_layers
     for line in (lines[i] for i in chosen):
         for j, layer in enumerate(layers):
             load = " ".join(f"{share:.4g}" for share in line["expert_load"][j])

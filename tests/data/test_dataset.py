@@ -1,5 +1,6 @@
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,25 @@ def test_mixture_shares_one_tokenizer(mixed):
 def test_impossible_settings(config, change, message):
     with pytest.raises(BadInput, match=message):
         open_dataset(dataclasses.replace(config, **change))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_a_corpus_that_cannot_be_read_leaves_nothing_behind(config, tokenizer, tmp_path):
+    shutil.copytree(Path(config.files).parent, tmp_path / "text")
+    bad = tmp_path / "text" / "zz.txt"
+    changed = {"files": str(tmp_path / "text/*.txt"), "data_dir": str(tmp_path / "data")}
+    config = dataclasses.replace(config, tokenizer=tokenizer, **changed)
+    bad.write_bytes(b"\xff")
+    with pytest.raises(BadInput, match="zz.txt: invalid UTF-8"):
+        open_dataset(config)
+    assert not (tmp_path / "data").exists()
+    bad.unlink()
+    open_dataset(config)
+    made = sorted((tmp_path / "data").rglob("*"))
+    bad.write_bytes(b"\xff")
+    with pytest.raises(BadInput, match="zz.txt: invalid UTF-8"):
+        open_dataset(config)
+    assert sorted((tmp_path / "data").rglob("*")) == made
 
 
 def test_largest_allowed_settings_work(config):

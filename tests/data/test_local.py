@@ -114,6 +114,8 @@ def test_invalid_utf8_names_file_and_offset(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"body": "a"}\n', "a.jsonl, line 1: needs a string field 'text', has body"),
         ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl, line 1: not UTF-8"),
+        ("a.jsonl", b'{"n": ' + b"7" * 5_000 + b"}\n", "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: needs a string field 'text', has list"),
         ("a.pdf", b"%PDF", "a.pdf: must be one of .txt, .jsonl"),
     ],

@@ -57,6 +57,8 @@ def call(capsys, *arguments):
     "arguments, told",
     [
         ([], "--workdir is missing"),
+        (["--workdir="], "--workdir is missing"),
+        (["--workdir={c}", "--config={c}"], "is a file; a folder is needed"),
         (["--workdir={w}"], "--config is missing"),
         (["--workdir={w}", "--status"], "no study here"),
         (["--workdir={w}", "--config={c}", "--backend=rey"], "--backend"),

@@ -169,3 +169,15 @@ def test_tables_hold_what_another_launcher_finished_meanwhile(tmp_path, monkeypa
 def test_no_study_is_one_line(tmp_path):
     with pytest.raises(BadInput, match="no study here"):
         Store(tmp_path).config()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"config"', b"\xff", b"[]"])
+@pytest.mark.parametrize("name", ["study.json", "runs/a/config.json", "runs/a/result.json"])
+def test_damaged_files_are_refused_by_name(name, content, tmp_path):
+    store = Store(tmp_path)
+    store.claim(Config(sweep=SweepConfig(budgets=(1e9,))))
+    put(store, "a")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=name):
+        store.config()
+        store.scan()
