@@ -38,6 +38,13 @@ CHIPS = {
 # Dense bfloat16 FLOP/s of one chip; of GPUs from NVIDIA's data sheets.
 PEAK_FLOPS = {name: chip.peak_flops for name, chip in CHIPS.items()}
 PEAK_FLOPS |= {"a100": 312e12, "h100": 989e12}
+# What jax calls a device whose chip is known.
+DEVICE_KINDS = {
+    **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
+    **{"TPU v6 lite": "v6e", "TPU v6e": "v6e"},
+    **{"NVIDIA A100-SXM4-40GB": "a100", "NVIDIA A100-SXM4-80GB": "a100"},
+    **{"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h100"},
+}
 # Bytes/s a chip to other slices: 50 Gbit/s of the data-center network (the v5p page's figure).
 DCN_BANDWIDTH = 50e9 / 8
 

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 STEP, COMPILE, DATA, CHECKPOINT = "step", "compile", "data", "checkpoint"
@@ -19,11 +19,18 @@ class Clock:
 
     compile: programs; data: waiting for batches; checkpoint: as long as it holds the loop up;
     start: opening, making or restoring the state; lost: steps, and what went with them, that are
-    done again after a kill or a rollback.
+    done again after a kill or a rollback. The time in which nobody trained is not counted.
+
+    Args:
+      last_seen: an earlier piece's ``seconds`` at its last sign of life.
+      now: seconds.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+    def __init__(
+        self, last_seen: Mapping[str, float] = {}, now: Callable[[], float] = time.perf_counter
+    ):
+        self._before = {part: last_seen.get(part, 0.0) for part in PARTS}
+        self._seconds = dict(self._before)
         self._now, self._read = now, now()
         self._lock = threading.Lock()  # a heartbeat reads from its own thread
         self.part = OTHER  # that runs now
@@ -52,19 +59,17 @@ class Clock:
 
     def work(self) -> float:
         """Seconds of this piece that brought the run on: its steps, and what goes with them."""
-        return _work(self.seconds()) - self._worked
+        return _sum(self.seconds(), WORK) - self._worked
 
-    def go_on(self, saved: Mapping[str, float], last_seen: Mapping[str, float]) -> None:
-        """Adds an earlier piece: its ``seconds`` as of the checkpoint and of the last sign of life.
-
-        The second may be the older one. The time in which nobody trained is not counted.
-        """
-        seen = last_seen if sum(last_seen.values()) > sum(saved.values()) else saved
-        with self._lock:
-            for part in PARTS:
-                self._seconds[part] += seen.get(part, 0.0)
-        self._lose({part: seen.get(part, 0.0) - saved.get(part, 0.0) for part in WORK})
-        self._worked = _work(saved)
+    def go_on(self, saved: Mapping[str, float]) -> None:
+        """From a checkpoint with the ``seconds`` as of it; empty where there was none."""
+        if _sum(saved) > _sum(self._before):  # the sign of life was the older of the two
+            with self._lock:
+                for part in PARTS:
+                    self._seconds[part] += saved.get(part, 0.0) - self._before[part]
+        else:
+            self._lose({part: self._before[part] - saved.get(part, 0.0) for part in WORK})
+        self._worked = _sum(saved, WORK)
 
     def roll_back(self, saved: Mapping[str, float]) -> None:
         """All work since ``saved``, the ``seconds`` as of a checkpoint, is lost."""
@@ -78,13 +83,13 @@ class Clock:
                 self._seconds[LOST] += lost
 
 
-def _work(seconds: Mapping[str, float]) -> float:
-    return sum(seconds.get(part, 0.0) for part in WORK)
+def _sum(seconds: Mapping[str, float], parts: Sequence[str] = PARTS) -> float:
+    return sum(seconds.get(part, 0.0) for part in parts)
 
 
 def goodput(seconds: Mapping[str, float]) -> float | None:
     """The share of wall time that useful steps had; None of no time."""
-    wall = sum(seconds.values())
+    wall = _sum(seconds)
     return seconds[STEP] / wall if wall else None
 
 

@@ -1,11 +1,16 @@
-"""The machine a run meets: compiled programs kept between processes, the measured matmul peak."""
+"""The machine a run meets: compiled programs kept between processes, its peak and memory."""
 
+import functools
 import os
+import resource
+import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from lm.hardware import DEVICE_KINDS, PEAK_FLOPS
 
 
 def keep_compiled(directory: str | os.PathLike | None = None) -> None:
@@ -20,6 +25,25 @@ def keep_compiled(directory: str | os.PathLike | None = None) -> None:
 def description() -> str:
     """As "cpu x 1" or "TPU v5 lite x 8"."""
     return f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+
+
+@functools.cache
+def peak_flops(dtype: str) -> float:
+    """FLOP/s of all devices, the yardstick of MFU (Chowdhery et al. 2022, PaLM, appendix B).
+
+    Of a known accelerator the published one, dense bfloat16 whatever ``dtype``; else measured.
+    """
+    chip = DEVICE_KINDS.get(jax.devices()[0].device_kind)
+    return PEAK_FLOPS[chip] * jax.device_count() if chip else matmul_peak(dtype)
+
+
+def memory_bytes() -> int:
+    """The most that was in use so far: on the fullest device, or by this process on CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if peaks := [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def matmul_peak(dtype: str, size: int = 0) -> float:

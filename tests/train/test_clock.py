@@ -25,7 +25,7 @@ def spend(clock, time, **seconds):
 
 
 def test_parts_sum_to_the_wall_time_and_an_inner_one_is_not_counted_twice(time):
-    clock = Clock(time)
+    clock = Clock(now=time)
     time.now += 1
     with clock.on(STEP):
         time.now += 10
@@ -40,20 +40,21 @@ def test_parts_sum_to_the_wall_time_and_an_inner_one_is_not_counted_twice(time):
     found = clock.seconds()
     assert found == dict.fromkeys(PARTS, 0.0) | {STEP: 30, COMPILE: 5, DATA: 2, OTHER: 4}
     assert sum(found.values()) == time.now - 100
-    assert goodput(found) == 30 / 41 and goodput(Clock(time).seconds()) is None
+    assert goodput(found) == 30 / 41 and goodput(Clock(now=time).seconds()) is None
 
 
 def test_what_was_done_after_the_checkpoint_is_lost_with_a_kill(time):
-    first = Clock(time)
+    first = Clock(now=time)
     spend(first, time, start=3, compile=7, step=40, evaluate=5)
     saved = first.seconds()
     spend(first, time, checkpoint=1, step=20, evaluate=5, compile=2)
     last_seen = first.seconds()
 
     time.now += 1000  # nobody trains
-    second = Clock(time)
+    second = Clock(last_seen, time)
     spend(second, time, start=4)
-    second.go_on(saved, last_seen)
+    assert second.seconds() == last_seen | {START: 3 + 4}  # what a kill here would leave
+    second.go_on(saved)
     spend(second, time, step=22)
     found = second.seconds()
     assert found[STEP] == 40 + 22 and found["evaluate"] == 5 and found["checkpoint"] == 0
@@ -64,21 +65,22 @@ def test_what_was_done_after_the_checkpoint_is_lost_with_a_kill(time):
 
 
 def test_without_a_checkpoint_all_work_is_lost_and_an_old_sign_of_life_is_nothing(time):
-    first = Clock(time)
+    first = Clock(now=time)
     spend(first, time, compile=7, step=40)
-    second = Clock(time)
-    second.go_on({}, first.seconds())
+    second = Clock(first.seconds(), time)
+    second.go_on({})
     assert second.seconds() == dict.fromkeys(PARTS, 0.0) | {COMPILE: 7, LOST: 40}
 
     old = first.seconds()
     spend(first, time, step=1)
-    third = Clock(time)
-    third.go_on(first.seconds(), old)
-    assert third.seconds() == first.seconds() and third.work() == 0
+    third = Clock(old, time)
+    spend(third, time, start=2)
+    third.go_on(first.seconds())
+    assert third.seconds() == first.seconds() | {START: 2} and third.work() == 0
 
 
 def test_a_rollback_loses_the_work_since_its_checkpoint(time):
-    clock = Clock(time)
+    clock = Clock(now=time)
     spend(clock, time, step=10)
     saved = clock.seconds()
     for _ in range(2):

@@ -1,0 +1,54 @@
+"""An XProf trace of chosen steps."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm.command import BadInput
+
+
+def profile_range(text: str) -> tuple[int, int]:
+    """(10, 20) of "10:20". Raises ``BadInput`` for anything else."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise BadInput(f"--profile={text}: must be FIRST:LAST, two steps, as 10:20")
+    return int(found[1]), int(found[2])
+
+
+class Profile:
+    """Traces what the devices and the host do between two steps into ``workdir``/profile.
+
+    Steps are counted as done: 10:20 are the ten after the tenth. What is compiled within is traced
+    too, so the first dispatch is better left out.
+    """
+
+    def __init__(self, workdir: Path, steps: tuple[int, int] | None):
+        self._folder, self._under_way = workdir / "profile", False
+        self.steps = steps or ()  # at which dispatches have to end
+
+    def check(self, step: int, n_steps: int) -> None:
+        """Raises ``BadInput`` where a run from ``step`` to ``n_steps`` does not have the steps."""
+        if self.steps and not step <= self.steps[0] < self.steps[1] <= n_steps:
+            raise BadInput(
+                f"--profile={self.steps[0]}:{self.steps[1]}: must lie within the steps that are to"
+                f" be done, {step}:{n_steps}"
+            )
+
+    def at(self, step: int, state: Any) -> None:
+        """To be called when a dispatch ends at ``step``; begins or ends the trace there."""
+        if step not in self.steps:
+            return
+        jax.block_until_ready(state)
+        if step == self.steps[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._under_way = True
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Writes a trace that is under way."""
+        if self._under_way:
+            self._under_way = False
+            jax.profiler.stop_trace()
