@@ -185,6 +185,40 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def preemptible() -> Iterator[Callable[[], bool]]:
+    """Within it the first SIGTERM or SIGINT is only noted; a second ends all processes at once.
+
+    Yields what tells whether any process was signalled: all call it, in one order.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield lambda: any_of(False)
+        return
+    noted, numbers = threading.Event(), (signal.SIGTERM, signal.SIGINT)
+    hears, wakes = socket.socketpair()
+    wakes.setblocking(False)
+
+    def listen() -> None:
+        # Handlers wait for the main thread, which may wait for a device or a compiler.
+        while number := hears.recv(1):
+            if number[0] in numbers and noted.is_set():
+                _end_all(KeyboardInterrupt()) if _link else os._exit(command.PREEMPTED)
+            elif number[0] in numbers:
+                noted.set()
+        hears.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+    handlers = [(number, signal.signal(number, lambda *_: None)) for number in numbers]
+    woken = signal.set_wakeup_fd(wakes.fileno())
+    try:
+        yield lambda: any_of(noted.is_set())
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        wakes.close()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -201,17 +235,26 @@ def agree(decide: Callable[[], Any]) -> Any:
 
     All call it, in one order, and wait for all; the value must be one that JSON holds.
     """
+    return _agree(lambda said: decide(), None)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process gives True. All call it, in one order, and wait for all."""
+    return _agree(any, flag)
+
+
+def _agree(decide: Callable[[list], Any], says: Any) -> Any:
+    """``agree`` on what process 0 makes of what each process ``says``."""
     if _link is None:
-        return decide()
+        return decide([says])
     if _link.index:
-        _link.say({"here": _link.index})
+        _link.say({"here": _link.index, "says": says})
         word = _link.words.get()["agreed"]
     else:
-        for _ in range(1, _link.n):
-            _link.words.get()
+        said = [says, *(_link.words.get()["says"] for _ in range(1, _link.n))]
         with ending_all():
             try:
-                word = {"value": decide()}
+                word = {"value": decide(said)}
             except BadInput as error:
                 word = {"refused": str(error)}
             _link.say({"agreed": word})

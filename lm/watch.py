@@ -7,7 +7,7 @@ line of JSON each. ``lm.hosts`` is the parent's side.
 
     hello    a watch to another      who it is, and of how many
     ready    a watch to all          all processes are there
-    here     a parent to process 0   it waits for all others
+    here     a parent to process 0   it waits for all others, and what it says
     agreed   process 0 to all        a value that all go on with
     failed   a parent to all         its exit code and reason: all shall end
     left     a parent to all         it has done its part

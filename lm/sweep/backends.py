@@ -13,15 +13,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lm import hosts
-from lm.command import PREEMPTED
+from lm.command import PREEMPTED, Preempted
 from lm.sweep.worker import TRAINER, Runner
 
 LINES_OF_LOG = 10  # that are kept of a worker that died
+GRACE_SECONDS = 60.0  # in which a worker that is told to end saves its run
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -59,12 +61,19 @@ class Inline:
         hosts.agree(lambda: None)
 
 
-def follow(trainer: str = TRAINER) -> None:
-    """What the other processes of ``hosts.joined`` do while process 0 has ``Inline``: the same."""
+def follow(trainer: str = TRAINER) -> int | None:
+    """What the other processes of ``hosts.joined`` do while process 0 has ``Inline``: the same.
+
+    Returns the exit code.
+    """
     runner = None
     while job := hosts.agree(lambda: None):  # process 0's word, not this
         runner = runner or Runner(trainer)
-        runner.run(job, lambda kind, **values: None)
+        try:
+            runner.run(job, lambda kind, **values: None)
+        except Preempted:  # as process 0, which closes
+            hosts.agree(lambda: None)
+            return PREEMPTED
 
 
 class Processes:
@@ -113,12 +122,13 @@ class Processes:
             tell(event)
 
     def close(self) -> None:
-        """Ends all workers, whatever they do."""
+        """Ends all workers; what they train is saved where their runs have checkpoints."""
         for worker in filter(None, self._workers):
             worker.process.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
         for worker in filter(None, self._workers):
             try:
-                worker.process.wait(timeout=10)
+                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lm.command import PREEMPTED, Preempted
 from lm.config import from_config_dict
 
 TRAINER = "lm.train.loop:train"
@@ -101,7 +102,10 @@ def main(cores: str, trainer: str) -> None:
         with (Path(job["folder"]) / "log.txt").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        runner.run(job, tell)
+        try:
+            runner.run(job, tell)
+        except Preempted:
+            sys.exit(PREEMPTED)
         sys.stdout.flush()
         os.dup2(outside, 1)
         os.dup2(outside, 2)

@@ -6,6 +6,7 @@ On many hosts, the same command on each, with a workdir that they share: srun an
 host is which, elsewhere LM_COORDINATOR=HOST:PORT (process 0's host), LM_PROCESSES and LM_PROCESS.
 """
 
+import contextlib
 import sys
 
 from absl import flags
@@ -29,11 +30,14 @@ def main() -> int | None:
         raise BadInput("--workdir is missing; as --workdir=runs/tiny")
 
     try:
-        with hosts.joined():
+        with hosts.joined(), contextlib.suppress(command.Preempted):  # all processes leave together
             _train(config)
+            return None
     except KeyboardInterrupt:
+        pass
+    if hosts.is_first():
         print("interrupted; the same command goes on from the newest checkpoint")
-        return command.PREEMPTED
+    return command.PREEMPTED
 
 
 def _train(config: Config) -> None:

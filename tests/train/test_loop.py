@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import time
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from lm import arithmetic, command
 from lm.checkpoint import Checkpoints, abstract_like
-from lm.command import BadInput
+from lm.command import BadInput, Preempted
 from lm.config import Config, MeshConfig, ModelConfig, replace, to_dict
 from lm.data import open_dataset
 from lm.score import Score
@@ -235,3 +236,48 @@ def test_a_checkpoint_is_no_newer_than_the_log_on_disk(config, programs, tmp_pat
     loop.train(config, tmp_path, programs=programs)
     assert told.count("saved") == told.count(True) == 1
     assert told[told.index("saved") - 1] is True
+
+
+@pytest.mark.parametrize("every", [0, 7])
+def test_preempted_at_every_dispatch_it_ends_bit_identical(config, programs, tmp_path, every):
+    settings = {"checkpoint_every": every, "evaluate_every": 5, "steps_per_dispatch": 3}
+    config = replace(config, train=settings)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    wanted = loop.train(config, whole, programs=programs)
+    calls, stopped_at = [], []
+
+    def signalled(progress):
+        calls[-1].append(progress.step)
+        if len(calls[-1]) == 1:
+            signal.raise_signal(signal.SIGTERM if len(calls) % 2 else signal.SIGINT)
+            time.sleep(0.05)  # a thread notes it
+
+    while len(calls) < 20:
+        calls.append([])
+        try:
+            found = loop.train(config, parts, programs=programs, progress=signalled)
+            break
+        except Preempted:
+            assert len(calls[-1]) <= 2  # it stops at the next boundary
+            stopped_at.append(calls[-1][-1])
+    assert len(stopped_at) >= 4 and any(step % 7 for step in stopped_at)
+    assert found == json.loads((parts / "result.json").read_text())
+    assert timeless(found) == timeless(wanted)
+    assert [timeless(x) for x in read_metrics(parts)] == [timeless(x) for x in read_metrics(whole)]
+    jax.tree.map(
+        np.testing.assert_array_equal, final_params(config, parts), final_params(config, whole)
+    )
+
+
+def test_without_checkpoints_a_signal_ends_at_once(config, programs, tmp_path):
+    seen = []
+
+    def signalled(progress):
+        seen.append(progress.step)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        never = replace(config, train={"checkpoint_every": -1})
+        loop.train(never, tmp_path, programs=programs, progress=signalled)
+    assert caught.type is KeyboardInterrupt and len(seen) == 1
+    assert not (tmp_path / "checkpoints").exists()

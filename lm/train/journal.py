@@ -1,0 +1,93 @@
+"""What a run tells of its steps while it trains: the lines of its log."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lm import hosts
+from lm.config import Config
+from lm.score import Score
+from lm.train.device import matmul_peak
+from lm.train.experts import ExpertWatch
+from lm.train.metrics import MetricsLog
+from lm.train.recipe import Recipe
+from lm.train.step import Metrics
+
+
+class Journal:
+    """Takes in the metrics of every step, in order. Process 0 writes; all others only follow."""
+
+    def __init__(self, config: Config, recipe: Recipe, workdir: Path):
+        self.config, self.recipe, self.workdir = config, recipe, workdir
+        self.unlogged: list[float] = []  # losses since the last line of the log
+        self.experts = ExpertWatch(config.model) if config.model.moe.n_experts else None
+        self._log: MetricsLog | None = None
+
+    def open(self, step: int, carried: dict[str, Any]) -> None:
+        """Goes on from ``step``, with what ``carried`` gave there; what was told beyond is gone."""
+        self.unlogged = list(carried.get("unlogged", ()))
+        if hosts.is_first():
+            self._log = MetricsLog.of(self.config, self.workdir, step)
+
+    def carried(self) -> dict[str, Any]:
+        """What a checkpoint has to keep, so that a resumed run tells the same."""
+        return {"unlogged": list(self.unlogged)}
+
+    def take(
+        self, step: int, metrics: Metrics, n: int, seconds: float, validation: Score | None
+    ) -> None:
+        """The ``n`` steps after ``step``, which took ``seconds``.
+
+        Losses in the log are means since its last line. ``validation`` is of the last step.
+        """
+        recipe, every = self.recipe, self.config.train.log_every
+        rate = n * recipe.batch_tokens / seconds
+        for i in range(n):
+            at = step + i + 1
+            self.unlogged.append(float(metrics.loss[i]))
+            if self.experts:
+                self.experts.see(metrics.routing, i)
+            scored = validation if i == n - 1 else None
+            if at % every and at != recipe.n_steps and not scored:
+                continue
+            tokens, flops_per_second = at * recipe.batch_tokens, rate * recipe.flops_per_token
+            line = {
+                "step": at,
+                "tokens": tokens,
+                "flops": tokens * recipe.flops_per_token,
+                "train_loss": math.fsum(self.unlogged) / len(self.unlogged),
+                "gradient_norm": float(metrics.gradient_norm[i]),
+                "learning_rate": float(metrics.learning_rate[i]),
+                "tokens_per_second": rate,
+                "flops_per_second": flops_per_second,
+                "matmul_peak_share": flops_per_second / _peak(self.config.model.dtype),
+            }
+            if scored:
+                line["validation_loss"] = scored.loss
+                line["validation_bits_per_byte"] = scored.bits_per_byte
+                line["validation_perplexity"] = scored.perplexity
+            if self.experts:
+                line |= self.experts.entries(metrics.routing, i)
+            self.unlogged = []
+            if self._log:
+                self._log.write(line)
+        self.flush()
+
+    def flush(self, to_disk: bool = False) -> None:
+        """Shows to others what was told; ``to_disk`` waits until the disk has it."""
+        if self._log:
+            self._log.flush(to_disk)
+
+    def close(self, done: bool) -> None:
+        """``done``: the run has ended, and not been interrupted."""
+        if self._log:
+            self._log.close(done)
+
+
+_peaks: dict[str, float] = {}
+
+
+def _peak(dtype: str) -> float:
+    if dtype not in _peaks:
+        _peaks[dtype] = matmul_peak(dtype)
+    return _peaks[dtype]

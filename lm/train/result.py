@@ -1,0 +1,48 @@
+"""``result.json``: what a run ended with."""
+
+from typing import Any
+
+from lm import arithmetic, data
+from lm.checkpoint import SCHEMA
+from lm.config import Config
+from lm.score import Score
+from lm.train.device import description
+from lm.train.recipe import Recipe
+
+
+def result(
+    config: Config,
+    recipe: Recipe,
+    dataset: data.Dataset,
+    status: str,
+    step: int,
+    score: Score | None,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Of a run that is ``done`` or ``diverged`` after ``step`` steps, with its last ``score``."""
+    count = arithmetic.parameters(config.model, config.data.seq_len)
+    tokens = step * recipe.batch_tokens
+    found = score if status == "done" else None
+    return {
+        "schema": SCHEMA,
+        "status": status,
+        "loss": found.loss if found else None,
+        "bits_per_byte": found.bits_per_byte if found else None,
+        "perplexity": found.perplexity if found else None,
+        "validation_tokens": found.tokens if found else None,
+        "params": count.blocks_and_head,
+        "non_embedding_params": count.non_embedding,
+        "active_params": count.active_blocks_and_head,
+        "total_params": count.total,
+        "tokens": tokens,
+        "flops": tokens * recipe.flops_per_token,
+        "flops_convention": arithmetic.DEFAULT_CONVENTION,
+        "n_steps": recipe.n_steps,
+        "batch_tokens": recipe.batch_tokens,
+        "learning_rate": recipe.learning_rate,
+        "warmup_tokens": recipe.warmup_tokens,
+        "epochs": dataset.epochs(tokens),
+        "data": dataset.fingerprint,
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+        "device": description(),
+    }
