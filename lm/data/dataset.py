@@ -170,26 +170,57 @@ class Dataset:
         In batches of ``batch_size`` rows, of each the rows ``rows``. Weights are always there; the
         last batch is filled up with rows of weight 0.
         """
-        return self._held_out("validation", batch_size, rows)
+        return (batch for batch, *_ in self._held_out("validation", batch_size, rows))
 
     def test(self, batch_size: int, rows: Rows = slice(None)) -> Iterator[Batch]:
         """As ``validation``, of the test split (all of it where that has fewer tokens)."""
-        return self._held_out("test", batch_size, rows)
+        return (batch for batch, *_ in self._held_out("test", batch_size, rows))
 
-    def _held_out(self, split: str, batch_size: int, rows: Rows) -> Iterator[Batch]:
+    def documents(
+        self, split: str, batch_size: int
+    ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+        """The batches of ``validation``, of any split, and whose each target is.
+
+        That is its source's place in ``sources``, (B,), and the number of its document among the
+        source's, (B, T); rows that fill a batch up have source -1.
+        """
+        ends = [
+            None
+            if isinstance(source.windows[split], Packed)
+            else np.flatnonzero(source.store.tokens[split] == self.tokenizer.end_of_text)
+            for source in self.sources
+        ]
+        t = self.config.seq_len
+        for batch, source_B, window_B in self._held_out(split, batch_size, slice(None)):
+            document_BT = np.zeros(batch.targets_BT.shape, np.int64)
+            for i, ends_of_source in enumerate(ends):
+                mine, first = source_B == i, window_B[source_B == i, None] * t
+                document_BT[mine] = (
+                    first + batch.segments_BT[mine]
+                    if ends_of_source is None
+                    else np.searchsorted(ends_of_source, first + 1 + np.arange(t))
+                )
+            yield batch, source_B, document_BT
+
+    def _held_out(
+        self, split: str, batch_size: int, rows: Rows
+    ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+        """Each batch, and of its rows the source (-1: none) and the window in it."""
         chosen = self._chosen(split)
         source_of = np.repeat(np.arange(len(chosen)), [len(windows) for windows in chosen])
         window_of = np.concatenate([np.sort(windows) for windows in chosen])
         for first in range(0, len(window_of), batch_size):
             places = np.arange(first, first + batch_size)[rows]
+            there = places < len(window_of)
+            places = np.where(there, places, 0)
+            sources = np.where(there, source_of[places], -1)
             rows_there = self._empty(len(places))
-            there = np.flatnonzero(places < len(window_of))
             for i, source in enumerate(self.sources):
-                mine = there[source_of[places[there]] == i]
+                mine = sources == i
                 rows_there[mine] = self._read(source, split, window_of[places[mine]])
             weights = np.zeros((len(places), self.config.seq_len), np.float32)
             weights[there] = 1
-            yield self._batch(rows_there, weights)
+            yield self._batch(rows_there, weights), sources, window_of[places]
 
     def _chosen(self, split: str) -> list[np.ndarray]:
         """The held-out windows of each corpus, drawn from the whole split and so all sources."""

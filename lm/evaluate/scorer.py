@@ -120,11 +120,13 @@ class Scorer:
         config = replace(config, mesh={**alone, "sequence_sharded": False})
         return cls(config, load_params(Path(workdir), config, mesh), tokenizer, mesh, **settings)
 
-    def judge(self, batch: Batch) -> Judged:
-        """Every target of a batch as training reads it: experts' capacity and all.
+    def rows(self, width: int) -> int:
+        """How many rows of ``width`` positions go together; they divide over the mesh."""
+        shards = batch_shards(self._mesh)
+        return max(shards, self._batch_tokens // width // shards * shards)
 
-        The batch's rows must divide over the mesh's data axes.
-        """
+    def judge(self, batch: Batch) -> Judged:
+        """Every target of a batch of ``rows`` as training reads it: experts' capacity and all."""
         return self._judged(self._decoder, batch)
 
     def log_likelihoods(
@@ -155,7 +157,7 @@ class Scorer:
         for i, (tokens, _) in enumerate(rows):
             buckets.setdefault(self._width(len(tokens) - 1), []).append(i)
         for width, members in sorted(buckets.items()):
-            for chunk, n_rows in self._chunks(members, self._batch_tokens // width):
+            for chunk, n_rows in self._chunks(members, self.rows(width)):
                 tokens_Bt = np.zeros((n_rows, width + 1), np.int32)
                 for row, i in zip(tokens_Bt, chunk, strict=False):
                     row[: len(rows[i][0])] = rows[i][0]
