@@ -9,9 +9,10 @@ import sys
 import threading
 from pathlib import Path
 
+from lm.train.clock import timeless
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).parent / "config.py"
-TIMES = ("wall", "step", "compile", "evaluate", "data")
 WORDS = "the of and to in a that is was he for it with as his on be at by i had not are but".split()
 
 
@@ -61,10 +62,7 @@ def undisturbed(folder: Path) -> dict[str, str]:
 def tables(study: Path) -> dict[str, str]:
     """``runs.csv`` without its times, and ``curves.csv``."""
     with (study / "runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        for name in TIMES:
-            del row[f"{name}_seconds"]
+        rows = [timeless(row) for row in csv.DictReader(file)]
     return {
         "runs.csv": json.dumps(rows, indent=1),
         "curves.csv": (study / "curves.csv").read_text(),

@@ -32,9 +32,10 @@ from lm.config_file import config_from_flags, define_config_flag
 from lm.sweep import grid
 from lm.sweep.backends import Inline, Processes, available_cores, follow
 from lm.sweep.cluster import Ray, Slurm
-from lm.sweep.display import Display, accounting_line, budgets_table, clock, summary
+from lm.sweep.display import Display, accounting_line, budgets_table, clock, summary, told
 from lm.sweep.launch import Study, account, cannot_start, launch, refuse_more_workers
 from lm.sweep.store import Store
+from lm.train.metrics import check_trackers
 from lm.train.recipe import check_vocabulary
 
 FLAGS = flags.FlagValues()
@@ -81,6 +82,7 @@ def _sweep() -> int | None:
         return _show_status(Study(store.config(), store), console)
     config = config_from_flags(FLAGS)
     grid.plan(config, {})
+    check_trackers(config.train)
     if config.sweep.branches and "://" in store.place:
         raise BadInput(
             "sweep.branches with a --workdir that is a URL: checkpoints are not kept there"
@@ -152,8 +154,9 @@ def _show_status(study: Study, console: Console) -> int:
         f"{100 * done / total:.0f} % of {total:.3g} FLOPs done"
         + (f", {clock(left)} left" if left is not None else "")
     )
-    for run_id in study.where("running"):
-        console.print(f"running: {run_id} ({study.store.leases.last(run_id).owner})", markup=False)
+    for run_id, at in study.progress.items():
+        owner = study.store.leases.last(run_id).owner
+        console.print(f"running: {run_id} ({owner}){told(at)}", markup=False)
     _show_failed(study, console)
     return DONE
 

@@ -62,14 +62,18 @@ def picture(study: Study) -> Group:
     bar = Table.grid(padding=(0, 1))
     share = study.done_flops() / study.total_flops()
     bar.add_row(ProgressBar(total=1.0, completed=share, width=30), summary(study))
-    under_way = [
-        Text(
-            f"  {run_id}"
-            + (f"  step {at['step']}/{at['n_steps']}  loss {at['loss']:.3f}" if at else "")
-        )
-        for run_id, at in sorted(study.running.items())
-    ]
+    under_way = [Text(f"  {run_id}{told(at)}") for run_id, at in sorted(study.progress.items())]
     return Group(budgets_table(study), *under_way, bar)
+
+
+def told(progress: dict) -> str:
+    """As "  step 5/10  loss 3.210  0:00:07 left"; nothing before a run has told anything."""
+    if not progress:
+        return ""
+    left = progress.get("seconds_left")
+    return f"  step {progress['step']}/{progress['n_steps']}  loss {progress['loss']:.3f}" + (
+        f"  {clock(left)} left" if left is not None else ""
+    )
 
 
 def budgets_table(study: Study) -> Table:
@@ -102,18 +106,18 @@ def budgets_table(study: Study) -> Table:
 
 
 def accounting_line(account: dict) -> str:
-    """As "2 workers x 612.0 s / 1080.2 s of steps = 1.13 (compile 6.1 %, ...)"."""
+    """As "goodput 88.3 % of 2 workers x 612.0 s (compile 6.1 %, ...)"."""
     if account["overhead"] is None:
         return "nothing was trained"
     total = account["workers"] * account["wall_seconds"]
     shares = ", ".join(
         f"{name} {100 * seconds / total:.1f} %"
         for name, seconds in account["seconds"].items()
-        if name != "step"
+        if name != "step" and seconds >= 5e-4 * total
     )
     return (
-        f"{account['workers']} workers x {account['wall_seconds']:.1f} s /"
-        f" {account['seconds']['step']:.1f} s of steps = {account['overhead']:.3f} ({shares})"
+        f"goodput {100 / account['overhead']:.1f} % of"
+        f" {account['workers']} workers x {account['wall_seconds']:.1f} s ({shares})"
     )
 
 

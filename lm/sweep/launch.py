@@ -11,9 +11,9 @@ from lm.command import BadInput
 from lm.config import Config, to_dict
 from lm.sweep import grid
 from lm.sweep.store import SCHEMA, Store
+from lm.train.clock import PARTS
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at what other launchers do, while this one could take a run
-ACCOUNT = ("step", "compile", "evaluate", "data")  # of a run's seconds, as its result tells
 
 
 @dataclass
@@ -53,11 +53,18 @@ class Study:
         """All runs that are planned by now."""
         return {run.run_id: run for budget in self.budgets for run in budget.runs}
 
+    @property
+    def progress(self) -> dict[str, dict]:
+        """The last that is known of the runs under way, here and elsewhere; empty at first."""
+        last = self.store.leases.last
+        return {i: self.running.get(i) or last(i).progress for i in self.where("running")}
+
     def done_flops(self, since_start: bool = False) -> float:
         """Training FLOPs of finished and, as far as told, of running runs."""
         done = set(self.store.losses()) - (self.done_at_start if since_start else set())
         finished = sum(run.flops for run_id, run in self.runs.items() if run_id in done)
-        return finished + sum(at.get("flops", 0.0) for at in self.running.values())
+        running = self.running if since_start else self.progress
+        return finished + sum(at.get("flops", 0.0) for at in running.values())
 
     def total_flops(self) -> float:
         """Of the whole study, as far as it is known."""
@@ -72,13 +79,21 @@ class Study:
         return elapsed * (self.total_flops() - self.done_flops()) / done
 
     def seconds_left_elsewhere(self) -> float | None:
-        """With the runs under way now, at the FLOP/s of one that finished; None where none is."""
-        rows, running = self.store.rows(), len(self.where("running"))
+        """With the runs under way now, at their FLOP/s; None where nothing tells these.
+
+        A run that has not told its own is taken for as fast as those that finished.
+        """
+        rows, progress = self.store.rows(), self.progress
         seconds = sum(row["wall_seconds"] or 0.0 for row in rows)
-        if not seconds or not running:
+        rate = sum(row["flops"] for row in rows) / seconds if seconds else 0.0
+        rates, longest = [], 0.0
+        for run_id, at in progress.items():
+            own = at.get("seconds_left")
+            rates.append((self.runs[run_id].flops - at["flops"]) / own if own else rate)
+            longest = max(longest, own or 0.0)
+        if not sum(rates):
             return None
-        left = self.total_flops() - self.done_flops()
-        return left * seconds / sum(row["flops"] for row in rows) / running
+        return max(longest, (self.total_flops() - self.done_flops()) / sum(rates))
 
     def minima(self) -> list[grid.Minimum | None]:
         """Of each planned budget, from all of its finished runs."""
@@ -125,6 +140,7 @@ def launch(
         run_id, kind = event["run_id"], event["kind"]
         if kind == "progress":
             study.running[run_id] = event
+            leases.note(run_id, {k: v for k, v in event.items() if k not in ("kind", "run_id")})
             return show(study, "")
         del study.running[run_id]
         store.publish(run_id)
@@ -190,14 +206,14 @@ def _job(store: Store, run: grid.Run) -> dict:
 def account(study: Study, workers: int, wall_seconds: float) -> dict:
     """Where the time of this call went: ``overhead`` is workers x wall / sum of step seconds.
 
-    A worker stands for its share of the machine, so this is cores x wall over cores x step time.
-    None where nothing was trained. Also appended to the study's ``calls.jsonl``.
+    A worker stands for its share of the machine, so this is cores x wall over cores x step time,
+    and 1 / goodput. None where nothing was trained. Also appended to the study's ``calls.jsonl``.
     """
     rows = [r for r in study.store.rows() if r["run_id"] in study.trained]
-    seconds = {name: sum(r[f"{name}_seconds"] for r in rows) for name in ACCOUNT}
+    seconds = {part: sum(r[f"{part}_seconds"] or 0.0 for r in rows) for part in PARTS}
     in_runs = sum(r["wall_seconds"] for r in rows)
-    seconds["other in runs"] = in_runs - sum(seconds.values())
-    seconds["start-up and idle"] = workers * wall_seconds - in_runs
+    seconds["other"] = in_runs - sum(seconds[part] for part in PARTS if part != "other")
+    seconds["between runs"] = workers * wall_seconds - in_runs
     result = {
         "schema": SCHEMA,
         "runs": len(rows),

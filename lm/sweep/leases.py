@@ -18,8 +18,9 @@ import threading
 import time
 import uuid
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lm.sweep.files import Folder
 
@@ -39,6 +40,7 @@ class Attempt:
     end: str | None = None  # done | failed | died (its worker) | interrupted | forgiven
     reason: str = ""
     log_tail: tuple[str, ...] = ()
+    progress: dict[str, Any] = field(default_factory=dict)  # as of the last renewal
 
 
 class Leases:
@@ -98,6 +100,11 @@ class Leases:
                 return True
             self._read(run_id, len(self._attempts[run_id]) + 1)
         return False
+
+    def note(self, run_id: str, progress: dict[str, Any]) -> None:
+        """Tells, with the next renewal, how far a held run has come."""
+        n, attempt = self._held[run_id]
+        self._held[run_id] = n, dataclasses.replace(attempt, progress=progress)
 
     def end(self, run_id: str, how: str, reason: str = "", log_tail: tuple[str, ...] = ()) -> None:
         """Gives a held run back, telling how its attempt ended."""

@@ -25,7 +25,8 @@ COLUMNS = (
     " bits_per_byte budget d_model n_layers n_heads n_kv_heads n_experts vocab_size tied seq_len"
     " batch_tokens learning_rate schedule seed corpus tokenizer epochs wall_seconds device status"
     " head_width d_ff n_steps warmup_tokens step_seconds compile_seconds evaluate_seconds"
-    " data_seconds data optimizer"
+    " data_seconds data optimizer checkpoint_seconds start_seconds lost_seconds other_seconds"
+    " goodput"
 ).split()
 CURVE_COLUMNS = ("run_id", "tokens", "flops", "train_loss", "validation_loss")
 EXPERT_COLUMNS = ("run_id", "tokens", "layer", "dropped_share", "router_entropy", "load")

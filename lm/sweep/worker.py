@@ -52,7 +52,8 @@ class Runner:
             nonlocal told
             if time.monotonic() - told > SECONDS_BETWEEN_TELLING:
                 told = time.monotonic()
-                tell("progress", step=at.step, n_steps=at.n_steps, flops=at.flops, loss=at.loss)
+                names = "step", "n_steps", "flops", "loss", "seconds_left"
+                tell("progress", **{name: getattr(at, name, None) for name in names})
 
         try:
             config = from_config_dict(job["config"])

@@ -56,7 +56,9 @@ def train(config: Config, workdir, *, programs, dataset, progress, start_from) -
                 line["validation_loss"] = loss
             log.write(json.dumps(line) + "\n")
     progress(
-        SimpleNamespace(step=1, n_steps=recipe.n_steps, flops=recipe.flops_per_token, loss=2.0)
+        SimpleNamespace(
+            step=1, n_steps=recipe.n_steps, flops=recipe.flops_per_token, loss=2.0, seconds_left=1.0
+        )
     )
     result = {
         "schema": 1,

@@ -163,3 +163,17 @@ def test_one_that_ended_well_is_not_taken_before_its_result_can_be_seen(worker):
     first.claim("a")
     first.end("a", "done")
     assert not second.claim("a") and seen(worker) == "running"
+
+
+def test_a_renewal_tells_how_far_the_run_is(worker, monkeypatch):
+    monkeypatch.setattr(leases, "SECONDS", 0.4)
+    first, newcomer = worker("first"), worker("newcomer")
+    assert first.claim("a")
+    first.note("a", {"step": 7})
+    with first.kept():
+        for _ in range(200):
+            newcomer.look()
+            if newcomer.last("a").progress:
+                break
+            time.sleep(0.05)
+        assert newcomer.last("a").progress == {"step": 7} and newcomer.state("a") == "running"

@@ -135,9 +135,27 @@ def test_status(tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
+def test_status_counts_what_runs_elsewhere_have_done(tmp_path, capsys):
+    study, _, _, under_way = begun_study(tmp_path)
+    elsewhere = Store(tmp_path, "another-host:18")
+    elsewhere.leases.look()
+    elsewhere.leases.forgive(study.where("failed")[0])
+    second = study.where("failed")[0]
+    elsewhere.leases.claim(second)
+    # Half of 1e9 in 20 s, and the same of the other: 5e7 a second, with 42e9 before them.
+    for run_id in (under_way, second):
+        progress = {"step": 5, "n_steps": 10, "flops": 5e8, "loss": 3.21, "seconds_left": 20.0}
+        name = f"leases/{run_id}.{1 if run_id == under_way else 3}.json"
+        attempt = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps(attempt | {"progress": progress}))
+    _, out, _ = call(capsys, f"--workdir={tmp_path}", "--status")
+    assert "5 % of 4.4e+10 FLOPs done, 0:14:00 left" in out
+    assert f"{under_way} (another-host:17)  step 5/10  loss 3.210  0:00:20 left" in out
+
+
 def test_the_live_picture(tmp_path):
     study, _, _, under_way = begun_study(tmp_path)
-    progress = {"step": 5, "n_steps": 10, "flops": 5e8, "loss": 3.21}
+    progress = {"step": 5, "n_steps": 10, "flops": 5e8, "loss": 3.21, "seconds_left": 7.0}
     study.running = {under_way: progress}
     study.started -= 60
     console = Console(force_terminal=True, width=120, file=open(os.devnull, "w"), record=True)
@@ -146,7 +164,7 @@ def test_the_live_picture(tmp_path):
     seen = console.export_text()
     assert "a run ended" in seen
     assert "1/8 runs, 3 % of 4.40e+10 FLOPs, 0:01:00, 0:28:" in seen
-    assert f"{under_way}  step 5/10  loss 3.210" in seen
+    assert f"{under_way}  step 5/10  loss 3.210  0:00:07 left" in seen
 
 
 def test_seconds_left_are_by_the_flops_of_this_call(tmp_path, monkeypatch):
@@ -166,15 +184,18 @@ def test_the_account_adds_up(tmp_path):
         step_seconds=40.0,
         compile_seconds=5.0,
         evaluate_seconds=2.0,
-        data_seconds=0.0,
+        lost_seconds=1.0,
         wall_seconds=50.0,
     )
     account = launch.account(study, workers=2, wall_seconds=30.0)
     assert account["overhead"] == pytest.approx(60 / 40)
     assert sum(account["seconds"].values()) == pytest.approx(60)
-    assert account["seconds"]["other in runs"] == pytest.approx(3)
-    assert account["seconds"]["start-up and idle"] == pytest.approx(10)
-    assert "2 workers x 30.0 s / 40.0 s of steps = 1.500" in display.accounting_line(account)
+    assert account["seconds"]["other"] == pytest.approx(2)
+    assert account["seconds"]["between runs"] == pytest.approx(10)
+    assert display.accounting_line(account) == (
+        "goodput 66.7 % of 2 workers x 30.0 s"
+        " (compile 8.3 %, evaluate 3.3 %, lost 1.7 %, other 3.3 %, between runs 16.7 %)"
+    )
     assert json.loads((tmp_path / "calls.jsonl").read_text())["overhead"] == account["overhead"]
 
 
