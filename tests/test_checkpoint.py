@@ -1,11 +1,22 @@
 """The run folder as hosts share it, and as decoding and evaluation open it."""
 
+import contextlib
+import errno
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
+from lm import checksums
 from lm.checkpoint import (
     Checkpoints,
+    InUse,
+    abstract_like,
     abstract_params,
     check_shared,
     claim,
@@ -31,12 +42,16 @@ def state():
     return Program(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1])).init(0)
 
 
+def increased(tree):
+    return jax.tree.map(lambda x: x + 1 if jax.numpy.issubdtype(x.dtype, float) else x, tree)
+
+
 @pytest.fixture
 def workdir(tmp_path, state):
     claim(tmp_path, CONFIG)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state._replace(params=jax.tree.map(lambda x: x + 1, state.params)), {})
-    checkpoints.save(7, state, {})
+    checkpoints.save(1, increased(state), {"at": 1})
+    checkpoints.save(7, state, {"at": 7})
     checkpoints.close()
     return tmp_path
 
@@ -85,3 +100,145 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path, workdir):
     (empty / "checkpoints").mkdir()
     with pytest.raises(BadInput, match="holds no checkpoint"):
         load_params(empty, CONFIG, mesh)
+
+
+def shares(state):
+    """The state's shapes, dtypes and shardings."""
+    return abstract_like(state, jax.tree.map(lambda x: x.sharding, state))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink], ids=lambda f: f.__name__)
+def test_damage_to_any_file_of_a_step_is_found_and_the_step_before_used(
+    workdir, state, damage, capfd
+):
+    step = workdir / "checkpoints" / "7"
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    kinds = {path.name for path in files}
+    assert {"checksums.json", "_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA"} < kinds
+    assert (step / "meta" / "metadata").exists() and list(step.rglob("d/*"))
+    params = abstract_params(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
+    for path in files:
+        content = path.read_bytes()
+        damage(path)
+        checkpoints = Checkpoints(workdir)
+        found = checkpoints.restore_params(params)
+        jax.tree.map(np.testing.assert_array_equal, found, increased(state.params))
+        assert list(checkpoints.damaged) == [7]
+        (said,) = capfd.readouterr().err.splitlines()
+        assert said == f"warning: {step}: damaged, {checkpoints.damaged[7]}; passed over"
+        assert path.relative_to(step).as_posix() in said
+        checkpoints.close()
+        path.write_bytes(content)
+
+
+def test_a_damaged_step_is_removed_when_the_next_is_saved(workdir, state):
+    flip_a_bit(workdir / "checkpoints" / "7" / "meta" / "metadata")
+    checkpoints = Checkpoints(workdir)
+    found, meta = checkpoints.restore(shares(state))
+    assert meta == {"at": 1} and checkpoints.damaged.keys() == {7}
+    assert (workdir / "checkpoints" / "7").exists()  # until there is a better one
+    checkpoints.save(7, increased(found), {"at": "7 again"})
+    checkpoints.close()
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.restore(shares(state))[1] == {"at": "7 again"}
+    assert checkpoints.damaged == {}
+    checkpoints.close()
+
+
+def test_where_all_are_damaged_there_is_none(workdir, state):
+    for step in ("1", "7"):
+        (workdir / "checkpoints" / step / "checksums.json").unlink()
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.restore(shares(state)) is None and checkpoints.damaged.keys() == {1, 7}
+    checkpoints.close()
+    with pytest.raises(BadInput, match="holds no checkpoint that is whole"):
+        load_params(workdir, CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
+
+
+def test_the_newest_are_kept_and_chosen_ones_for_ever(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, kept_step=3, newest=2, every=4)
+    for step in range(1, 12):
+        checkpoints.save(step, {"params": state.params["final_norm"]}, {})
+    checkpoints.close()
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"3", "4", "8", "10", "11"}
+
+
+def test_a_step_has_its_checksums_before_its_name(tmp_path, state, monkeypatch):
+    """So that a kill at any moment leaves a step that is whole, or none."""
+    seen = []
+
+    def write(folder):
+        seen.append((folder.name, sorted(path.name for path in folder.iterdir())))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checksums, "write", write)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, {"params": state.params["final_norm"]}, {})
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.close()
+    assert seen == [("5.orbax-checkpoint-tmp", ["_CHECKPOINT_METADATA", "meta", "state"])]
+    assert not (tmp_path / "checkpoints" / "5").exists()
+
+
+def test_a_full_disk_ends_a_write_and_nothing_else(workdir, state, monkeypatch):
+    def full(folder):
+        raise ValueError(f"RESOURCE_EXHAUSTED: {folder}: [OS error 28: No space left on device]")
+
+    checkpoints = Checkpoints(workdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "write", full)
+        checkpoints.save(9, state, {})
+        with pytest.raises(OSError, match="No space left") as error:
+            checkpoints.close()
+    assert error.value.errno == errno.ENOSPC and error.value.filename.endswith("checkpoints")
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "7"]
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.restore(shares(state))[1] == {"at": 7}
+    checkpoints.save(9, state, {"at": 9})  # after space was made
+    checkpoints.close()
+    assert (workdir / "checkpoints" / "9" / "checksums.json").exists()
+
+
+def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
+    with contextlib.ExitStack() as lock:
+        assert claim(tmp_path, CONFIG, lock=lock) is None
+        with contextlib.ExitStack() as second, pytest.raises(InUse) as refused:
+            claim(tmp_path, CONFIG, lock=second)
+        assert f"process {os.getpid()} of {socket.gethostname()}, since 20" in str(refused.value)
+        (tmp_path / "result.json").write_text('{"loss": 2}')
+        with contextlib.ExitStack() as second:  # who wants the result need not wait
+            assert claim(tmp_path, CONFIG, lock=second) == {"loss": 2}
+    (tmp_path / "result.json").unlink()
+    with contextlib.ExitStack() as lock:
+        assert claim(tmp_path, CONFIG, lock=lock) is None
+
+
+def test_a_killed_process_leaves_no_lock_and_nothing_unfinished(tmp_path):
+    script = (
+        "import contextlib, pathlib, sys, time; from lm.checkpoint import claim;"
+        " from lm.config import Config; lock = contextlib.ExitStack();"
+        " claim(pathlib.Path(sys.argv[1]), Config(), lock=lock); print(flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        unfinished = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+        unfinished.mkdir(parents=True)
+        with contextlib.ExitStack() as lock, pytest.raises(InUse, match=f"{process.pid}"):
+            claim(tmp_path, Config(), lock=lock)
+        assert unfinished.exists()
+        process.kill()
+    with contextlib.ExitStack() as lock:
+        assert claim(tmp_path, Config(), lock=lock) is None
+        assert not unfinished.exists()
