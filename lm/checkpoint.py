@@ -203,9 +203,10 @@ class Checkpoints:
             self._manager.save(step, args=composite)
 
     def check(self) -> None:
-        """Raises the error of a write under way, which would else wait until the next one."""
-        with self._full_disk_told():
-            self._manager.check_for_errors()
+        """Raises the error of a write that has ended, which would else be told at the next one."""
+        if not self._manager.is_saving_in_progress():
+            with self._full_disk_told():
+                self._manager.wait_until_finished()
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict] | None:
         """(state, meta) of ``step`` (default: the newest), or None where there is none whole.

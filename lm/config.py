@@ -345,12 +345,14 @@ class TrainConfig:
     evaluate_every: int = 0  # optimizer steps between evaluations (0: at the end only)
     log_every: int = 100  # optimizer steps between lines of metrics.jsonl
     checkpoint_every: int = 0  # optimizer steps between checkpoints (0: at the end only, -1: none)
+    keep_checkpoints: int = 2  # the newest so many; with 1 a damaged one has none to stand in
+    keep_every: int = 0  # and for ever those at multiples of so many steps (0: none)
     tensorboard: bool = True  # event files beside metrics.jsonl
     track: str = ""  # what else gets them: wandb (extra `wandb`)
     seed: int = 0
 
     def __post_init__(self):
-        _not_negative("train", self, "flops", "evaluate_every", "seed", "loss_chunk")
+        _not_negative("train", self, "flops", "evaluate_every", "seed", "loss_chunk", "keep_every")
         if self.checkpoint_every < -1:
             raise BadInput(f"train.checkpoint_every = {self.checkpoint_every}: must be -1 or more")
         _positive(
@@ -361,6 +363,7 @@ class TrainConfig:
             "accumulation",
             "steps_per_dispatch",
             "log_every",
+            "keep_checkpoints",
         )
         one_of("train.batch_rule", self.batch_rule, RULES_BATCH)
         one_of("train.flops_convention", self.flops_convention, FLOPS_CONVENTIONS)

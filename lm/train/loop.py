@@ -86,10 +86,11 @@ def train(
     key = Program.key(config)
     if key not in programs:
         programs[key] = Program(config, mesh)
-    done = hosts.agree(lambda: claim(workdir, config, force))
-    if done is not None:
-        return done
-    with hosts.ending_all(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        done = hosts.agree(lambda: claim(workdir, config, force, stack))
+        if done is not None:
+            return done
+        stack.enter_context(hosts.ending_all())
         stopping = lambda: False  # noqa: E731
         if config.train.checkpoint_every >= 0:
             check_shared(workdir)
@@ -134,7 +135,10 @@ class _Run:
         """Trains. Returns the result, or None where it was to stop before."""
         with contextlib.ExitStack() as stack:  # an error, too, waits for the checkpoint under way
             if self.config.train.checkpoint_every >= 0:
-                self.checkpoints = Checkpoints(self.workdir, self.recipe.branch_step)
+                train, kept_step = self.config.train, self.recipe.branch_step
+                self.checkpoints = Checkpoints(
+                    self.workdir, kept_step, train.keep_checkpoints, train.keep_every
+                )
                 stack.callback(self.checkpoints.close)
             # Before this process waits for the others, as closing does.
             stack.enter_context(hosts.ending_all())
@@ -160,6 +164,8 @@ class _Run:
         while self.step < self.recipe.n_steps:
             if self.stopping():
                 return "stopped"
+            if self.checkpoints:
+                self.checkpoints.check()
             self._dispatch()
             if not self._read(unread=0 if self._is_stop(self.step) else 1):
                 return "diverged"
@@ -219,11 +225,13 @@ class _Run:
             checkpoints = Checkpoints(Path(start_from))
             found = checkpoints.restore(abstract, at)
             checkpoints.close()
-            if not found:
+            if found:
+                self._go_on(found[0], {})
+                return
+            if not checkpoints.damaged:
                 raise BadInput(f"{start_from}: holds no checkpoint of step {at} to branch from")
-            self._go_on(found[0], {})
-        else:
-            self._go_on(self.program.init(self.config.train.seed), {})
+        # Also where all checkpoints are damaged: it costs time, and ends with the same numbers.
+        self._go_on(self.program.init(self.config.train.seed), {})
 
     def _go_on(self, state: State, meta: dict) -> None:
         """From ``state``, with the ``meta`` that was saved beside it."""
