@@ -1,0 +1,89 @@
+"""The command: what it tells of a trained run, and bad input in one line."""
+
+import json
+
+import pytest
+
+from lm import command
+from lm.config import Config, MeshConfig, ModelConfig, replace
+from lm.evaluate import __main__ as evaluate
+from lm.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def workdir(text_data, tmp_path_factory):
+    config = Config(
+        model=ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=24),
+        data=text_data,
+        mesh=MeshConfig(data=8),
+    )
+    config = replace(config, train={"tokens": 1024.0, "batch_tokens": 512.0, "tensorboard": False})
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    train(config, workdir)
+    return workdir
+
+
+def run(capsys, workdir, *argv):
+    argv = ["evaluate", f"--workdir={workdir}", *argv]
+    code = command.run(evaluate.main, evaluate.FLAGS, evaluate.__doc__, argv)
+    return code, capsys.readouterr()
+
+
+def test_the_loss_is_the_one_that_training_told(capsys, workdir):
+    code, told = run(capsys, workdir, "--json")
+    told = json.loads(told.out)
+    result = json.loads((workdir / "result.json").read_text())
+    assert code == 0
+    assert told["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    assert told["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)
+    assert told["tokens"] == result["validation_tokens"]
+    assert 0 < told["standard_error"] < 0.1
+    assert told["schema"] == 1 and len(told["sources"]) == 1
+
+
+def test_corpora_and_tasks_as_tables(capsys, workdir, text_data, tmp_path):
+    corpus = f"--corpus=text:{text_data.files}"
+    _, other = run(capsys, workdir, corpus, "--documents=3", "--json")
+    assert json.loads(other.out)["documents"] == 3
+    task = tmp_path / "sky.jsonl"
+    task.write_text(
+        '{"prompt": "Sky?", "choices": ["blue", "red"], "answer": 0}\n'
+        '{"prompt": "Grass?", "choices": ["blue", "green"], "answer": "green"}\n'
+    )
+    records = tmp_path / "records.jsonl"
+    code, told = run(
+        capsys, workdir, corpus, "--documents=3", f"--task={task}", "--shots=1",
+        "--between=\\n", f"--records={records}",
+    )  # fmt: skip
+    assert code == 0
+    for part in ("nats a token", "all", "by position:", "sky: 2 questions", "brier_score"):
+        assert part in told.out
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [line["example"] for line in lines] == [0, 1] and lines[0]["task"] == "sky"
+    _, alone = run(capsys, workdir, f"--task={task}", "--json")
+    assert set(json.loads(alone.out)) == {"schema", "tasks"}
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        (("--workdir=nowhere",), "nowhere: no run here"),
+        (("--split=dev",), "must be one of train, validation, test"),
+        (("--corpus=text:none/*.txt",), "no file matches"),
+        (("--tokens=-1",), "--tokens=-1: must be 0 or more"),
+        (("--tokens=100000000",), "data.validation_tokens = 100000000: must be at most"),
+        (("--task=none.jsonl",), "none.jsonl: cannot be read"),
+        (("--task={sums}", "--shots=2"), "shots = 2: there are 1 other questions"),
+        (("--task={sums}", "--answer=("), "--answer=(: not a regular expression"),
+        (("--task={sums}", "--samples=3"), "samples = 3 at temperature 0"),
+        (("--task={sums}", "--max_tokens=0"), "max_tokens = 0: must be at least 1"),
+        (("--task={sums}", "--max_tokens=99"), "must be at most 64 together"),
+        (("--task={sums}", "--reasoning"), "without 'reasoning'"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, workdir, tmp_path, argv, line):
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text('{"prompt": "1+1=", "target": "2"}\n{"prompt": "2+2=", "target": "4"}\n')
+    code, told = run(capsys, workdir, *(arg.format(sums=sums) for arg in argv))
+    assert code == 2 and line in told.err and len(told.err.splitlines()) == 1
+    assert told.out == ""
