@@ -64,7 +64,7 @@ def _train(config: Config) -> None:
         task = bar.add_task("preparing", total=None)
 
         def progress(at) -> None:
-            speed = f"{at.tokens / at.step_seconds:,.0f} tokens/s"
+            speed = f"{at.tokens_per_second:,.0f} tokens/s"
             told = f"step {at.step}/{at.n_steps}  loss {at.loss:.3f}  {speed}"
             bar.update(task, total=at.n_steps, completed=at.step, description=told)
 

@@ -71,16 +71,20 @@ class Clock:
             self._lose({part: self._before[part] - saved.get(part, 0.0) for part in WORK})
         self._worked = _sum(saved, WORK)
 
+    def count_as(self, part: str, other: str, seconds: float) -> None:
+        """``seconds`` that were counted as the ``other`` part are ``part``'s."""
+        with self._lock:
+            self._seconds[other] -= seconds
+            self._seconds[part] += seconds
+
     def roll_back(self, saved: Mapping[str, float]) -> None:
         """All work since ``saved``, the ``seconds`` as of a checkpoint, is lost."""
         now = self.seconds()
         self._lose({part: now[part] - saved[part] for part in WORK})
 
     def _lose(self, seconds: Mapping[str, float]) -> None:
-        with self._lock:
-            for part, lost in seconds.items():
-                self._seconds[part] -= lost
-                self._seconds[LOST] += lost
+        for part, lost in seconds.items():
+            self.count_as(LOST, part, lost)
 
 
 def _sum(seconds: Mapping[str, float], parts: Sequence[str] = PARTS) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 from lm import hosts
 from lm.config import Config
 from lm.score import Score
-from lm.train.device import matmul_peak
+from lm.train.clock import Clock, goodput
+from lm.train.device import memory_bytes, peak_flops
 from lm.train.experts import ExpertWatch
 from lm.train.metrics import MetricsLog
 from lm.train.recipe import Recipe
@@ -17,8 +18,8 @@ from lm.train.step import Metrics
 class Journal:
     """Takes in the metrics of every step, in order. Process 0 writes; all others only follow."""
 
-    def __init__(self, config: Config, recipe: Recipe, workdir: Path):
-        self.config, self.recipe, self.workdir = config, recipe, workdir
+    def __init__(self, config: Config, recipe: Recipe, workdir: Path, clock: Clock):
+        self.config, self.recipe, self.workdir, self.clock = config, recipe, workdir, clock
         self.unlogged: list[float] = []  # losses since the last line of the log
         self.experts = ExpertWatch(config.model) if config.model.moe.n_experts else None
         self._log: MetricsLog | None = None
@@ -60,7 +61,9 @@ class Journal:
                 "learning_rate": float(metrics.learning_rate[i]),
                 "tokens_per_second": rate,
                 "flops_per_second": flops_per_second,
-                "matmul_peak_share": flops_per_second / _peak(self.config.model.dtype),
+                "mfu": flops_per_second / peak_flops(self.config.model.dtype),
+                "goodput": goodput(self.clock.seconds()),  # until now
+                "memory_bytes": memory_bytes(),
             }
             if scored:
                 line["validation_loss"] = scored.loss
@@ -82,12 +85,3 @@ class Journal:
         """``done``: the run has ended, and not been interrupted."""
         if self._log:
             self._log.close(done)
-
-
-_peaks: dict[str, float] = {}
-
-
-def _peak(dtype: str) -> float:
-    if dtype not in _peaks:
-        _peaks[dtype] = matmul_peak(dtype)
-    return _peaks[dtype]

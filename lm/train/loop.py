@@ -10,10 +10,10 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,14 +24,17 @@ from lm.command import BadInput, Preempted, write_atomically
 from lm.config import Config
 from lm.score import Score, score
 from lm.sharding import batch_shards, make_mesh
+from lm.train import clock
+from lm.train.device import peak_flops
+from lm.train.heartbeat import Heartbeat, read_heartbeat
 from lm.train.journal import Journal
 from lm.train.metrics import check_trackers
+from lm.train.profile import Profile
 from lm.train.recipe import Recipe, branch_step, check_vocabulary, resolve
 from lm.train.result import result
 from lm.train.step import Metrics, Program, State
 
 EVALUATION_SEQUENCES = 32  # rows of an evaluation batch; the score does not depend on it
-SECONDS = ("wall", "step", "compile", "evaluate", "data")  # that a run counts
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,10 @@ class Progress:
     tokens: int
     flops: float  # done so far
     loss: float  # nats a token, of the last step
-    step_seconds: float  # in optimizer steps so far
+    tokens_per_second: float  # of the last dispatch
+    mfu: float  # of the last dispatch: its model FLOP/s over the devices' peak
+    goodput: float  # the share of the run's wall time that useful steps had
+    seconds_left: float  # at the rate of this call
 
 
 def train(
@@ -55,6 +61,7 @@ def train(
     progress: Callable[[Progress], None] | None = None,
     start_from: str | Path | None = None,
     force: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> dict:
     """Trains one run in ``workdir`` and returns its result (also in ``result.json``).
 
@@ -70,6 +77,7 @@ def train(
       start_from: the folder of a shorter ``wsd`` run of the same model, batch, rate and seed. This
         run then continues it from where its decay began; the result counts the whole path.
       force: continue although the folder was begun under another config.
+      profile: trace what happens between these two steps into ``workdir``/profile.
 
     Raises:
       BadInput: an impossible config, or a folder that holds another run.
@@ -82,6 +90,8 @@ def train(
     dataset = dataset or data.open_dataset(config.data)
     check_vocabulary(config, dataset.vocab_size)
     check_trackers(config.train)
+    profile = Profile(workdir, profile)
+    profile.check(0, recipe.n_steps)
     programs = {} if programs is None else programs
     key = Program.key(config)
     if key not in programs:
@@ -95,7 +105,7 @@ def train(
         if config.train.checkpoint_every >= 0:
             check_shared(workdir)
             stopping = stack.enter_context(hosts.preemptible())
-        run = _Run(config, recipe, workdir, dataset, programs[key], progress, stopping)
+        run = _Run(config, recipe, workdir, dataset, programs[key], progress, stopping, profile)
         found = run.to_the_end(start_from)
         stopped = stopping()
     if stopped:
@@ -114,15 +124,14 @@ class _Flight(NamedTuple):
 class _Run:
     """The state of one run in this process."""
 
-    def __init__(
-        self, config, recipe: Recipe, workdir, dataset, program: Program, progress, stopping
-    ):
+    def __init__(self, config, recipe: Recipe, workdir, dataset, program: Program, *hooks):
         self.config, self.recipe, self.workdir = config, recipe, workdir
         self.dataset, self.program = dataset, program
-        self.progress, self.stopping = progress, stopping
+        self.progress, self.stopping, self.profile = hooks
         self.rows = program.rows(recipe.sequences)
-        self.journal = Journal(config, recipe, workdir)
-        self.seconds = dict.fromkeys(SECONDS, 0.0)
+        self.clock = program.clock = clock.Clock(read_heartbeat(workdir).get("seconds", {}))
+        self.journal = Journal(config, recipe, workdir, self.clock)
+        self.told: Progress | None = None
         self.last_score: Score | None = None
         self.checkpoints: Checkpoints | None = None
         # After the newest dispatch: the state, the steps done, and the batches that come next.
@@ -134,26 +143,29 @@ class _Run:
     def to_the_end(self, start_from: str | Path | None) -> dict | None:
         """Trains. Returns the result, or None where it was to stop before."""
         with contextlib.ExitStack() as stack:  # an error, too, waits for the checkpoint under way
-            if self.config.train.checkpoint_every >= 0:
-                train, kept_step = self.config.train, self.recipe.branch_step
-                self.checkpoints = Checkpoints(
-                    self.workdir, kept_step, train.keep_checkpoints, train.keep_every
-                )
-                stack.callback(self.checkpoints.close)
-            # Before this process waits for the others, as closing does.
-            stack.enter_context(hosts.ending_all())
-            self._start_clock()
-            stack.push(lambda error, *_: self.journal.close(done=error is None))
-            self._begin(start_from)
-            status = self._steps()
-            if status == "stopped":
-                if self._read(0):
-                    self._save()
-                return None
-        self._read_clock()
+            if hosts.is_first():
+                stack.enter_context(Heartbeat(self.workdir, self._sign_of_life))
+            with self.clock.on(clock.START):
+                if self.config.train.checkpoint_every >= 0:
+                    train, kept_step = self.config.train, self.recipe.branch_step
+                    self.checkpoints = Checkpoints(
+                        self.workdir, kept_step, train.keep_checkpoints, train.keep_every
+                    )
+                    stack.callback(self._close_checkpoints)
+                # Before this process waits for the others, as closing does.
+                stack.enter_context(hosts.ending_all())
+                stack.push(lambda error, *_: self.journal.close(done=error is None))
+                stack.callback(self.profile.close)
+                self._begin(start_from)
+            with self.clock.on(clock.STEP):
+                status = self._steps()
+                if status == "stopped":
+                    if self._read(0):
+                        self._save()
+                    return None
         found = result(
             *(self.config, self.recipe, self.dataset),
-            *(status, self.step, self.last_score, self.seconds),
+            *(status, self.step, self.last_score, self.clock.seconds()),
         )
         if hosts.is_first():
             write_atomically(self.workdir / "result.json", json.dumps(found, indent=1))
@@ -178,11 +190,13 @@ class _Run:
         if not self.flights:
             self._start_lap()
         end = self._next_stop(self.step)
+        self.profile.before(self.step, self.state)
         self.state, metrics = self.program.train(
             self.state, self.batches, end - self.step, self.recipe.schedule
         )
         self.flights.append(_Flight(self.step, end, metrics))
         self.step = end
+        self.profile.after(self.step, self.state)
         self._read_batches()
 
     def _read(self, unread: int) -> bool:
@@ -199,18 +213,36 @@ class _Run:
             if finite and self._due(flight.end, self.config.train.evaluate_every):
                 validation = self._evaluate()
                 finite = math.isfinite(validation.loss)
-            self.journal.take(flight.start, metrics, n, seconds, validation)
-            if not finite:
-                self.step = flight.end
-                return False
-            if self.progress:
-                self._tell(flight.end, float(metrics.loss[n - 1]))
+            with self.clock.on(
+                clock.STEP if self.flights else clock.OTHER
+            ):  # the devices are busy, or not
+                self.journal.take(flight.start, metrics, n, seconds, validation)
+                if not finite:
+                    self.step = flight.end
+                    return False
+                self._tell(flight.end, float(metrics.loss[n - 1]), n / seconds)
         return True
 
-    def _tell(self, step: int, loss: float) -> None:
-        tokens, n_steps = step * self.recipe.batch_tokens, self.recipe.n_steps
-        flops = tokens * self.recipe.flops_per_token
-        self.progress(Progress(step, n_steps, tokens, flops, loss, self.seconds["step"]))
+    def _tell(self, step: int, loss: float, steps_per_second: float) -> None:
+        recipe = self.recipe
+        rate, left = steps_per_second * recipe.batch_tokens, recipe.n_steps - step
+        self.told = Progress(
+            step=step,
+            n_steps=recipe.n_steps,
+            tokens=step * recipe.batch_tokens,
+            flops=step * recipe.batch_tokens * recipe.flops_per_token,
+            loss=loss,
+            tokens_per_second=rate,
+            mfu=rate * recipe.flops_per_token / peak_flops(self.config.model.dtype),
+            goodput=clock.goodput(self.clock.seconds()),
+            seconds_left=left * self.clock.work() / (step - self.began),
+        )
+        if self.progress:
+            self.progress(self.told)
+
+    def _sign_of_life(self) -> dict[str, Any]:
+        told = vars(self.told) if self.told else {"step": self.step, "n_steps": self.recipe.n_steps}
+        return {**told, "doing": self.clock.part, "seconds": self.clock.seconds()}
 
     def _begin(self, start_from: str | Path | None) -> None:
         """From the newest checkpoint of this run, else of ``start_from``, else a fresh state."""
@@ -236,7 +268,9 @@ class _Run:
     def _go_on(self, state: State, meta: dict) -> None:
         """From ``state``, with the ``meta`` that was saved beside it."""
         self.state, self.step = state, int(state.step)
-        self.seconds |= meta.get("seconds", {})
+        self.began = self.step
+        self.profile.check(self.step, self.recipe.n_steps)
+        self.clock.go_on(meta.get("seconds", {}))
         if validation := meta.get("validation"):
             self.last_score = Score(**validation)
         self.journal.open(self.step, meta)
@@ -246,16 +280,22 @@ class _Run:
         """Those of the next dispatch."""
         if self.step == self.recipe.n_steps:
             return
-        with self._counting("data"):
+        started = time.perf_counter()
+        with self.clock.on(clock.DATA):
             train, sequences = self.config.train, self.recipe.sequences
             n = train.steps_per_dispatch
             found = self.dataset.batches(train.seed, self.step, n, sequences, self.rows)
             self.batches = self.program.put(found)
+        # On CPU reading takes the step's cores; elsewhere the devices wait once they have finished.
+        busy = self.flights and not self.flights[-1].metrics.loss.is_ready()
+        if busy and jax.default_backend() != "cpu":
+            self.clock.count_as(clock.STEP, clock.DATA, time.perf_counter() - started)
 
     def _next_stop(self, step: int) -> int:
         """The step at which the next dispatch ends: full, or where something is due."""
         train = self.config.train
         stops = [step + train.steps_per_dispatch, self.recipe.n_steps]
+        stops += [at for at in self.profile.steps if at > step]
         for every in (train.evaluate_every, train.checkpoint_every):
             if every > 0:
                 stops.append(step - step % every + every)
@@ -280,7 +320,7 @@ class _Run:
         micro = self.config.train.accumulation if self.program.mesh.shape["stage"] > 1 else 1
         sequences = math.lcm(EVALUATION_SEQUENCES, micro * batch_shards(self.program.mesh))
         validation = self.dataset.validation(sequences, self.program.rows(sequences))
-        with self._counting("evaluate"):
+        with self.clock.on(clock.EVALUATE):
             self.last_score = score(
                 lambda batch: self.program.nats(self.state.params, batch),
                 map(self.program.put, validation),
@@ -290,46 +330,27 @@ class _Run:
 
     def _save(self) -> None:
         """Starts a checkpoint of the state."""
-        self._read_clock()
-        self.journal.flush(to_disk=True)  # whatever happens to the machine, no older than it
-        meta = {
-            "schema": SCHEMA,
-            "seconds": dict(self.seconds),
-            "validation": vars(self.last_score) if self.last_score else None,
-            **self.journal.carried(),
-        }
-        self.checkpoints.save(self.step, self.state, meta)
+        with self.clock.on(clock.CHECKPOINT):
+            self.journal.flush(to_disk=True)  # whatever happens to the machine, no older than it
+            meta = {
+                "schema": SCHEMA,
+                "seconds": self.clock.seconds(),
+                "validation": vars(self.last_score) if self.last_score else None,
+                **self.journal.carried(),
+            }
+            self.checkpoints.save(self.step, self.state, meta)
 
-    def _start_clock(self) -> None:
-        self._started = time.perf_counter()
-        self._compiled = self.program.compile_seconds
-
-    def _read_clock(self) -> None:
-        """Adds the time since the last reading, so that a resumed run's times sum its pieces."""
-        now, compiled = time.perf_counter(), self.program.compile_seconds
-        self.seconds["wall"] += now - self._started
-        self.seconds["compile"] += compiled - self._compiled
-        self._started, self._compiled = now, compiled
-
-    @contextlib.contextmanager
-    def _counting(self, name: str) -> Iterator[None]:
-        """Adds the time within it, but for compilations."""
-        compiling, started = self.program.compile_seconds, time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        self.seconds[name] += seconds - (self.program.compile_seconds - compiling)
+    def _close_checkpoints(self) -> None:
+        with self.clock.on(clock.CHECKPOINT):
+            self.checkpoints.close()
 
     def _start_lap(self) -> None:
         """The devices begin to compute now."""
-        self._lap_began = time.perf_counter(), self.program.compile_seconds, self.seconds["data"]
+        self._lap_began = time.perf_counter(), self.clock.seconds()[clock.COMPILE]
 
     def _lap(self) -> float:
         """Seconds, but for compilations, of the dispatch that has ended now."""
-        began, compiling, reading = self._lap_began
+        began, compiling = self._lap_began
         self._start_lap()
-        now, compiled, read = self._lap_began
-        seconds = now - began - (compiled - compiling)
-        # On CPU reading takes the step's cores; elsewhere it hides behind the step.
-        hidden = jax.default_backend() != "cpu"
-        self.seconds["step"] += seconds - (0.0 if hidden else read - reading)
-        return seconds
+        now, compiled = self._lap_began
+        return now - began - (compiled - compiling)

@@ -36,15 +36,17 @@ class Profile:
                 f" be done, {step}:{n_steps}"
             )
 
-    def at(self, step: int, state: Any) -> None:
-        """To be called when a dispatch ends at ``step``; begins or ends the trace there."""
-        if step not in self.steps:
-            return
-        jax.block_until_ready(state)
-        if step == self.steps[0]:
+    def before(self, step: int, state: Any) -> None:
+        """Of a dispatch that begins at ``step``: so may the trace."""
+        if step in self.steps[:1]:
+            jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))
             self._under_way = True
-        else:
+
+    def after(self, step: int, state: Any) -> None:
+        """Of a dispatch that ends at ``step``: so may the trace."""
+        if step in self.steps[1:]:
+            jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:

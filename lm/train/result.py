@@ -6,7 +6,8 @@ from lm import arithmetic, data
 from lm.checkpoint import SCHEMA
 from lm.config import Config
 from lm.score import Score
-from lm.train.device import description
+from lm.train.clock import goodput
+from lm.train.device import description, memory_bytes
 from lm.train.recipe import Recipe
 
 
@@ -43,6 +44,9 @@ def result(
         "warmup_tokens": recipe.warmup_tokens,
         "epochs": dataset.epochs(tokens),
         "data": dataset.fingerprint,
-        **{f"{name}_seconds": value for name, value in seconds.items()},
+        "wall_seconds": sum(seconds.values()),
+        **{f"{part}_seconds": value for part, value in seconds.items()},
+        "goodput": goodput(seconds),
+        "memory_bytes": memory_bytes(),
         "device": description(),
     }

@@ -1,6 +1,5 @@
 """The compiled step: several optimizer steps a dispatch, on any mesh."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from lm.model import Decoder, choose_kernel, head_cross_entropy
 from lm.model.moe import Routing, auxiliary_loss, no_routing, shift_balance_bias
 from lm.sharding import batch_shards, held, lay, layout, named_sharding, placed, stored_shardings
 from lm.train import pipeline
+from lm.train.clock import COMPILE, Clock
 from lm.train.optimizer import adamw, apply_updates
 from lm.train.schedule import Schedule, learning_rate
 
@@ -54,7 +54,7 @@ class Program:
 
     def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
         self.config, self.mesh = config, mesh
-        self.compile_seconds = 0.0
+        self.clock = Clock()  # of the run that it is used by
         self.decoder = Decoder(config.model, config.data.seq_len)
         self.optimizer = adamw(config.optimizer)
         boxed = jax.eval_shape(self._init, jax.random.key(0))
@@ -105,10 +105,9 @@ class Program:
             leaves, tree = jax.tree.flatten(args)
             signature = (tree, tuple((x.shape, x.dtype) for x in leaves))
             if signature not in executables:
-                started = time.perf_counter()
-                with jax.set_mesh(self.mesh), placed(self.mesh, self.layout):
+                compiling = self.clock.on(COMPILE)
+                with compiling, jax.set_mesh(self.mesh), placed(self.mesh, self.layout):
                     executables[signature] = jitted.lower(*args).compile()
-                self.compile_seconds += time.perf_counter() - started
                 hosts.agree(lambda: None)  # gloo gives up on a process that compiles for longer
             return executables[signature](*args)
 

@@ -16,11 +16,10 @@ from lm.score import Score
 from lm.sharding import make_mesh
 from lm.train import __main__ as main
 from lm.train import loop
+from lm.train.clock import timeless
 from lm.train.metrics import MetricsLog, read_metrics
 from lm.train.recipe import resolve
 from lm.train.step import Program
-
-TIMES = ("seconds", "per_second", "peak_share", "device")
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,6 @@ def config(text_data):
 @pytest.fixture(scope="module")
 def programs():
     return {}
-
-
-def timeless(line):
-    return {k: v for k, v in line.items() if not any(word in k for word in TIMES)}
 
 
 def final_params(config, workdir):
