@@ -133,17 +133,26 @@ class Dataset:
         ends = (tokens == self.tokenizer.end_of_text) & self.config.respect_documents
         return np.cumsum(ends, axis=-1, dtype=np.int32) - ends
 
+    def windows(self, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of rows, and which of its windows each is: where training reads them.
+
+        Row r of step k is number k * batch_size + r.
+        """
+        source_of, window_of = mixture.assign(rows, self._weights, seed)
+        for i, source in enumerate(self.sources):
+            mine, n = source_of == i, len(source.windows["train"])
+            epoch, index = np.divmod(window_of[mine], n)
+            if epoch.size and epoch[0] == epoch[-1]:
+                epoch = epoch[:1]  # almost always: one key instead of one a row
+            window_of[mine] = order.permute(index, n, order.key(seed, i, epoch))
+        return source_of, window_of
+
     def _train_rows(self, rows: np.ndarray, seed: int) -> np.ndarray:
-        source_of, local = mixture.assign(rows, self._weights, seed)
+        source_of, window_of = self.windows(rows, seed)
         result = self._empty(len(rows))
         for i, source in enumerate(self.sources):
             mine = source_of == i
-            windows = source.windows["train"]
-            epoch, index = np.divmod(local[mine], len(windows))
-            if epoch.size and epoch[0] == epoch[-1]:
-                epoch = epoch[:1]  # almost always: one key instead of one a row
-            shuffled = order.permute(index, len(windows), order.key(seed, i, epoch))
-            result[mine] = self._read(source, "train", shuffled)
+            result[mine] = self._read(source, "train", window_of[mine])
         return result
 
     def _batch(self, rows: np.ndarray, weights: np.ndarray | None = None) -> Batch:

@@ -59,12 +59,16 @@ class Packed:
         """
         result = np.zeros((len(index), 3, self.row), np.int32)
         for planes, i in zip(result, index, strict=True):
-            at = 0
-            for number, item in enumerate(self.rows[i]):
-                start, n = self._starts[item], self._lengths[item]
-                planes[0, at : at + n] = self._tokens[start : start + n]
-                planes[1, at : at + n] = self._is_answer(item)
-                planes[2, at : at + n] = number
-                at += n
-            planes[2, at:] = len(self.rows[i])
+            planes[2] = len(self.rows[i])
+            for number, (item, first, start, stop) in enumerate(self.spans(i)):
+                planes[0, start:stop] = self._tokens[first : first + stop - start]
+                planes[1, start:stop] = self._is_answer(item)
+                planes[2, start:stop] = number
         return result
+
+    def spans(self, index: int) -> list[tuple[int, int, int, int]]:
+        """Of the conversations of one row: number, first token, and start and stop in the row."""
+        items = self.rows[index]
+        stops = np.cumsum(self._lengths[items])
+        columns = (items, self._starts[items], stops - self._lengths[items], stops)
+        return [tuple(map(int, span)) for span in zip(*columns, strict=True)]
