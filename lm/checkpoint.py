@@ -26,15 +26,11 @@ from jax.sharding import Mesh
 
 from lm import checksums, hosts
 from lm import config as configuration
-from lm.command import BadInput, json_object, write_atomically
+from lm.command import BadInput, InUse, json_object, write_atomically
 from lm.model import Decoder
 from lm.sharding import layout, stored_shardings
 
 SCHEMA = 1
-
-
-class InUse(BadInput):
-    """Another process trains in the folder."""
 
 
 def claim(

@@ -27,6 +27,10 @@ class BadInput(ValueError):
     """What the user gave cannot be used. One line: what was given, what is allowed."""
 
 
+class InUse(BadInput):
+    """Another process trains in the run's folder."""
+
+
 class Preempted(KeyboardInterrupt):
     """A signal ended the run, and its state is saved: the same command goes on from there."""
 

@@ -15,7 +15,6 @@ import pytest
 from lm import checksums
 from lm.checkpoint import (
     Checkpoints,
-    InUse,
     abstract_like,
     abstract_params,
     check_shared,
@@ -23,7 +22,7 @@ from lm.checkpoint import (
     load_config,
     load_params,
 )
-from lm.command import BadInput
+from lm.command import BadInput, InUse
 from lm.config import Config, MeshConfig, replace
 from lm.data.tokenizers import ByteTokenizer
 from lm.interop.tokenizer import bytes_json

@@ -5,8 +5,9 @@ attempt N - 1 has ended, has not been renewed in time, or has lost its process: 
 one gets the run. Only its holder writes it again. Files are neither renamed, removed nor appended
 to, and what an object store cannot do is not asked for.
 
-A holder that was cut off and comes back may train a run that another has taken over. That wastes
-its time and nothing else: the same config gives the same result.
+A holder that was cut off may train on while another takes its run over. Where both see the run's
+folder, the second waits there for the first one's end (the lock of ``lm.checkpoint``); elsewhere
+time is wasted and nothing else: the same config gives the same result.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ Started by ``lm.sweep.backends.Processes``; it pins itself to its cores before j
 that XLA makes no more threads than they are, and ends when its launcher does.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lm.command import PREEMPTED, Preempted
+from lm.command import PREEMPTED, InUse, Preempted
 from lm.config import from_config_dict
 
 TRAINER = "lm.train.loop:train"
 SECONDS_BETWEEN_TELLING = 0.5
+SECONDS_BETWEEN_TRIES = 1.0  # at a folder where another process trains
 
 
 class Runner:
@@ -44,7 +46,8 @@ class Runner:
         """Trains ``job`` (run_id, config, folder, start_from).
 
         Tells "progress" now and then, and at the end "done" or "failed" (the traceback is then in
-        the run's ``log.txt``).
+        the run's ``log.txt``). Where a process that has lost its lease trains there still, waits
+        for its end, and takes its result or goes on from where it died.
         """
         told = time.monotonic()
 
@@ -59,16 +62,22 @@ class Runner:
             config = from_config_dict(job["config"])
             if self._open_dataset and not self._dataset:
                 self._dataset = self._open_dataset(config.data)
-            self._train(
-                config,
-                job["folder"],
-                programs=self._programs,
-                dataset=self._dataset,
-                progress=progress,
-                start_from=job["start_from"],
-            )
+            while True:
+                try:
+                    self._train(
+                        config,
+                        job["folder"],
+                        programs=self._programs,
+                        dataset=self._dataset,
+                        progress=progress,
+                        start_from=job["start_from"],
+                    )
+                    break
+                except InUse as error:
+                    print(f"waiting: {error}", flush=True)
+                    time.sleep(SECONDS_BETWEEN_TRIES)
         except Exception as error:
-            with (Path(job["folder"]) / "log.txt").open("a") as log:
+            with contextlib.suppress(OSError), (Path(job["folder"]) / "log.txt").open("a") as log:
                 traceback.print_exc(file=log)
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             tell("failed", reason=reason)
@@ -100,14 +109,19 @@ def main(cores: str, trainer: str) -> None:
     tell("ready")
     while True:
         job = jobs.get()
-        with (Path(job["folder"]) / "log.txt").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        try:
+            with (Path(job["folder"]) / "log.txt").open("a") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        except OSError as error:  # a full disk is no death of the worker, which would count
+            tell("failed", reason=f"{type(error).__name__}: {error}")
+            continue
         try:
             runner.run(job, tell)
         except Preempted:
             sys.exit(PREEMPTED)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os.dup2(outside, 1)
         os.dup2(outside, 2)
 
