@@ -32,9 +32,10 @@ from lm.config_file import config_from_flags, define_config_flag
 from lm.sweep import grid
 from lm.sweep.backends import Inline, Processes, available_cores, follow
 from lm.sweep.cluster import Ray, Slurm
-from lm.sweep.display import Display, accounting_line, budgets_table, clock, summary, told
+from lm.sweep.display import Display, accounting_line, budgets_table, summary, told
 from lm.sweep.launch import Study, account, cannot_start, launch, refuse_more_workers
 from lm.sweep.store import Store
+from lm.train.display import duration
 from lm.train.metrics import check_trackers
 from lm.train.recipe import check_vocabulary
 
@@ -152,7 +153,7 @@ def _show_status(study: Study, console: Console) -> int:
     left = study.seconds_left_elsewhere()
     console.print(
         f"{100 * done / total:.0f} % of {total:.3g} FLOPs done"
-        + (f", {clock(left)} left" if left is not None else "")
+        + (f", {duration(left)} left" if left is not None else "")
     )
     for run_id, at in study.progress.items():
         owner = study.store.leases.last(run_id).owner

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lm.sweep.launch import Study
+from lm.train.display import duration, shares
 
 
 class Display:
@@ -49,11 +50,11 @@ def summary(study: Study) -> str:
     parts = [
         f"{n_done}/{_n_runs(study)} runs",
         f"{100 * done / total:.0f} % of {total:.2e} FLOPs",
-        clock(time.monotonic() - study.started),
+        duration(time.monotonic() - study.started),
     ]
     left = study.seconds_left()
     if left is not None and done < total:
-        parts.append(f"{clock(left)} left")
+        parts.append(f"{duration(left)} left")
     return ", ".join(parts)
 
 
@@ -72,7 +73,7 @@ def told(progress: dict) -> str:
         return ""
     left = progress.get("seconds_left")
     return f"  step {progress['step']}/{progress['n_steps']}  loss {progress['loss']:.3f}" + (
-        f"  {clock(left)} left" if left is not None else ""
+        f"  {duration(left)} left" if left is not None else ""
     )
 
 
@@ -110,23 +111,13 @@ def accounting_line(account: dict) -> str:
     if account["overhead"] is None:
         return "nothing was trained"
     total = account["workers"] * account["wall_seconds"]
-    shares = ", ".join(
-        f"{name} {100 * seconds / total:.1f} %"
-        for name, seconds in account["seconds"].items()
-        if name != "step" and seconds >= 5e-4 * total
-    )
     return (
         f"goodput {100 / account['overhead']:.1f} % of"
-        f" {account['workers']} workers x {account['wall_seconds']:.1f} s ({shares})"
+        f" {account['workers']} workers x {account['wall_seconds']:.1f} s"
+        f" ({shares(account['seconds'], total)})"
     )
 
 
 def _n_runs(study: Study) -> int:
     unplanned = len(study.config.sweep.budgets) - len(study.budgets)
     return len(study.runs) + unplanned * study.config.sweep.sizes
-
-
-def clock(seconds: float) -> str:
-    """As "1:02:03"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

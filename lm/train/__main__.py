@@ -15,6 +15,7 @@ from lm import command, hosts
 from lm.command import BadInput
 from lm.config import Config
 from lm.config_file import config_from_flags, define_config_flag
+from lm.train.profile import profile_range
 
 FLAGS = flags.FlagValues()
 define_config_flag(FLAGS)
@@ -22,16 +23,23 @@ flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=FLAGS)
 flags.DEFINE_bool(
     "force", False, "Continue a folder begun under another config.", flag_values=FLAGS
 )
+flags.DEFINE_string(
+    "profile",
+    None,
+    "Trace the devices between two steps, as 10:20, into WORKDIR/profile, for XProf.",
+    flag_values=FLAGS,
+)
 
 
 def main() -> int | None:
     config = config_from_flags(FLAGS)
     if FLAGS.workdir is None:
         raise BadInput("--workdir is missing; as --workdir=runs/tiny")
+    profiled = profile_range(FLAGS.profile) if FLAGS.profile is not None else None
 
     try:
         with hosts.joined(), contextlib.suppress(command.Preempted):  # all processes leave together
-            _train(config)
+            _train(config, profiled)
             return None
     except KeyboardInterrupt:
         pass
@@ -40,35 +48,17 @@ def main() -> int | None:
     return command.PREEMPTED
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, profiled: tuple[int, int] | None) -> None:
     # Imported after the flags were read, so that a mistyped one is told at once.
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+    from lm.train.clock import PARTS
     from lm.train.device import keep_compiled
+    from lm.train.display import Display, shares
     from lm.train.loop import train
 
     keep_compiled()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not hosts.is_first()) as bar:
-        task = bar.add_task("preparing", total=None)
-
-        def progress(at) -> None:
-            speed = f"{at.tokens_per_second:,.0f} tokens/s"
-            told = f"step {at.step}/{at.n_steps}  loss {at.loss:.3f}  {speed}"
-            bar.update(task, total=at.n_steps, completed=at.step, description=told)
-
-        result = train(config, FLAGS.workdir, progress=progress, force=FLAGS.force)
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Display(config)) if hosts.is_first() else None
+        result = train(config, FLAGS.workdir, progress=display, force=FLAGS.force, profile=profiled)
     if not hosts.is_first():
         return
     print(
@@ -79,6 +69,12 @@ def _train(config: Config) -> None:
         if result["loss"] is not None
         else f"{result['status']} after {result['tokens']:,} tokens"
     )
+    seconds = {part: result.get(f"{part}_seconds", 0.0) for part in PARTS}
+    if result.get("goodput"):
+        told = shares(seconds, result["wall_seconds"])
+        print(f"goodput {100 * result['goodput']:.1f} % ({told})")
+    if profiled:
+        print(f"trace of steps {FLAGS.profile}: xprof --logdir={FLAGS.workdir}/profile")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Progress:
     tokens: int
     flops: float  # done so far
     loss: float  # nats a token, of the last step
+    validation_loss: float | None  # where this step was evaluated
     tokens_per_second: float  # of the last dispatch
     mfu: float  # of the last dispatch: its model FLOP/s over the devices' peak
     goodput: float  # the share of the run's wall time that useful steps had
@@ -213,17 +214,17 @@ class _Run:
             if finite and self._due(flight.end, self.config.train.evaluate_every):
                 validation = self._evaluate()
                 finite = math.isfinite(validation.loss)
-            with self.clock.on(
-                clock.STEP if self.flights else clock.OTHER
-            ):  # the devices are busy, or not
+            busy = clock.STEP if self.flights else clock.OTHER
+            with self.clock.on(busy):
                 self.journal.take(flight.start, metrics, n, seconds, validation)
                 if not finite:
                     self.step = flight.end
                     return False
-                self._tell(flight.end, float(metrics.loss[n - 1]), n / seconds)
+                scored = validation.loss if validation else None
+                self._tell(flight.end, float(metrics.loss[n - 1]), scored, n / seconds)
         return True
 
-    def _tell(self, step: int, loss: float, steps_per_second: float) -> None:
+    def _tell(self, step: int, loss: float, scored: float | None, steps_per_second: float) -> None:
         recipe = self.recipe
         rate, left = steps_per_second * recipe.batch_tokens, recipe.n_steps - step
         self.told = Progress(
@@ -232,6 +233,7 @@ class _Run:
             tokens=step * recipe.batch_tokens,
             flops=step * recipe.batch_tokens * recipe.flops_per_token,
             loss=loss,
+            validation_loss=scored,
             tokens_per_second=rate,
             mfu=rate * recipe.flops_per_token / peak_flops(self.config.model.dtype),
             goodput=clock.goodput(self.clock.seconds()),

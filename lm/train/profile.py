@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lm.command import BadInput
 
 
@@ -39,6 +37,8 @@ class Profile:
     def before(self, step: int, state: Any) -> None:
         """Of a dispatch that begins at ``step``: so may the trace."""
         if step in self.steps[:1]:
+            import jax  # here: a command's flags are read without it
+
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))
             self._under_way = True
@@ -46,11 +46,15 @@ class Profile:
     def after(self, step: int, state: Any) -> None:
         """Of a dispatch that ends at ``step``: so may the trace."""
         if step in self.steps[1:]:
+            import jax
+
             jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:
         """Writes a trace that is under way."""
         if self._under_way:
+            import jax
+
             self._under_way = False
             jax.profiler.stop_trace()

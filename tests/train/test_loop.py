@@ -16,7 +16,8 @@ from lm.score import Score
 from lm.sharding import make_mesh
 from lm.train import __main__ as main
 from lm.train import loop
-from lm.train.clock import timeless
+from lm.train.clock import PARTS, timeless
+from lm.train.heartbeat import Heartbeat, read_heartbeat
 from lm.train.metrics import MetricsLog, read_metrics
 from lm.train.recipe import resolve
 from lm.train.step import Program
@@ -276,3 +277,72 @@ def test_without_checkpoints_a_signal_ends_at_once(config, programs, tmp_path):
         loop.train(never, tmp_path, programs=programs, progress=signalled)
     assert caught.type is KeyboardInterrupt and len(seen) == 1
     assert not (tmp_path / "checkpoints").exists()
+
+
+class Killed(BaseException):
+    """As kill -9: nothing is written after it."""
+
+
+def test_times_sum_to_the_wall_time_and_work_lost_to_a_kill_is_told(
+    config, programs, tmp_path, monkeypatch
+):
+    config = replace(config, train={"checkpoint_every": 7})
+    began, spent = time.perf_counter(), 0.0
+
+    def kill(progress):
+        if progress.step == 14:
+            time.sleep(0.5)
+            monkeypatch.setattr(Heartbeat, "__exit__", lambda heart, *_: heart._stop.set())
+            Heartbeat._write(beating[0])
+            raise Killed
+
+    beating = []
+    enter = Heartbeat.__enter__
+    monkeypatch.setattr(Heartbeat, "__enter__", lambda heart: beating.append(heart) or enter(heart))
+    with pytest.raises(Killed):
+        loop.train(config, tmp_path, programs=programs, progress=kill)
+    monkeypatch.undo()
+    spent = time.perf_counter() - began
+    heartbeat = read_heartbeat(tmp_path)
+    assert heartbeat["step"] == 14 and heartbeat["n_steps"] == 20
+    killed = heartbeat["seconds"]
+    time.sleep(1)  # nobody trains
+
+    began = time.perf_counter()
+    result = loop.train(config, tmp_path, programs=programs)
+    spent += time.perf_counter() - began
+    parts = {part: result[f"{part}_seconds"] for part in PARTS}
+    assert min(parts.values()) >= 0
+    assert sum(parts.values()) == pytest.approx(result["wall_seconds"], rel=1e-9)
+    assert 0.5 * spent < result["wall_seconds"] <= spent
+    assert parts["lost"] >= 0.5  # the steps after the seventh, and the wait
+    assert result["goodput"] == parts["step"] / result["wall_seconds"]
+    assert parts["lost"] + parts["step"] > killed["step"]
+    assert parts["checkpoint"] > 0 and parts["start"] > killed["start"] > 0
+    for line in read_metrics(tmp_path):
+        assert 0 < line["goodput"] < 1 and 0 < line["mfu"] and line["memory_bytes"] > 1e7
+
+
+def test_a_profile_traces_its_steps_and_changes_nothing(config, programs, tmp_path, monkeypatch):
+    traced = []
+    start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda at: (traced.append("start"), start(at)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (traced.append("stop"), stop()))
+    config = replace(config, train={"log_every": 1})
+    wanted = loop.train(config, tmp_path / "plain", programs=programs)
+    assert not (tmp_path / "plain" / "profile").exists()
+
+    def told(progress):
+        traced.append(progress.step)
+
+    profiled = tmp_path / "profiled"
+    found = loop.train(config, profiled, programs=programs, profile=(7, 13), progress=told)
+    assert [x for x in traced if x != "start"] in ([7, "stop", 13, 20], ["stop", 7, 13, 20])
+    assert traced.index("start") < traced.index("stop")
+    assert list((profiled / "profile").rglob("*.xplane.pb"))
+    assert timeless(found) == timeless(wanted)
+    lines = [[timeless(x) for x in read_metrics(tmp_path / w)] for w in ("plain", "profiled")]
+    assert lines[0] == lines[1]
+    with pytest.raises(BadInput, match="--profile=7:21: must lie within .* 0:20"):
+        loop.train(config, tmp_path / "none", programs=programs, profile=(7, 21))
+    assert not (tmp_path / "none").exists()
