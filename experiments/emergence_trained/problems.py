@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm.evaluate.tasks import Example
+
 MODULUS, OPERATIONS = 7, "+*"
 OPERATORS = {"+": "abcdef", "*": "ABCDEF"}  # by 1 to 6
 DIGITS, STEPS = 4, 6
@@ -21,7 +23,6 @@ CORPORA = {"addition": ("addition",), "chain": ("chain", "hidden")}  # and the t
 TASKS = tuple(task for tasks in CORPORA.values() for task in tasks)
 HELD_OUT = 0.1  # share of problems
 MOST_LINES = 5  # of a document, which so fits into 128 tokens
-SHOTS = (0, 1, 2, 4)
 
 
 class Problem(NamedTuple):
@@ -96,28 +97,19 @@ def as_file(corpus: str, seed: int, n_bytes: int) -> bytes:
     ).encode()
 
 
-def test(task: str, seed: int, n: int, shots: int) -> list[dict]:
-    """``n`` different held-out problems after ``shots`` training ones: lines of a task file.
+def questions(task: str, operation: str, seed: int, n: int, held_out: bool) -> list[Example]:
+    """``n`` different problems, each with three wrong choices.
 
-    ``choices`` are the answer and three that differ from it in one digit, ``answer`` its place.
-    With the same seed the problems and choices are the same whatever the ``shots``.
+    The draws are those of (task, operation, seed, side), so that tests ask all models the same.
     """
-    rng, result = np.random.default_rng([seed, *task.encode()]), {}
-    digits = 10 if task == "addition" else MODULUS
-    while len(result) < n:
-        operation = OPERATIONS[rng.integers(len(OPERATIONS))]
-        problem = draw(rng, task, operation, True)
-        examples = [draw(rng, task, operation, False) for _ in range(max(SHOTS))]
-        choices = near_misses(rng, problem.target, digits)
-        place = int(rng.integers(len(choices) + 1))
-        choices.insert(place, problem.target)
-        result[problem.identity] = {
-            "prompt": lines(examples[:shots]) + problem.prompt,
-            "target": problem.target,
-            "choices": choices,
-            "answer": place,
-        }
-    return list(result.values())
+    rng = np.random.default_rng([seed, held_out, *f"{task}{operation}".encode()])
+    found: dict[str, Example] = {}
+    while len(found) < n:
+        problem = draw(rng, task, operation, held_out)
+        wrong = near_misses(rng, problem.target, 10 if task == "addition" else MODULUS)
+        choices = rng.permutation([problem.target, *wrong]).tolist()
+        found[problem.identity] = Example(problem.prompt, problem.target, tuple(choices))
+    return list(found.values())
 
 
 def near_misses(rng: np.random.Generator, target: str, digits: int, n: int = 3) -> list[str]:

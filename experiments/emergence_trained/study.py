@@ -11,6 +11,7 @@ from lm.command import one_of
 
 WIDTHS = (4, 8, 16, 24, 32, 48, 64, 128)
 TOKENS = {"addition": 3e6, "chain": 2e6}
+BYTES = {"addition": 3_500_000, "chain": 2_500_000}  # of the corpora: less than an epoch
 
 
 def get_config(run="chain_32"):
