@@ -159,6 +159,16 @@ def folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Lets an error of the disk tell ``path``: of a file that is open it names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes ``content`` so that ``path`` holds either its old content or all of the new one.
 
@@ -169,14 +179,12 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         os.unlink(temporary)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
         raise

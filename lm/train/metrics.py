@@ -1,15 +1,19 @@
 """``metrics.jsonl``, one object a line, and the same for TensorBoard and Weights & Biases."""
 
+import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from lm.command import BadInput, write_atomically
+from lm.command import BadInput, naming, write_atomically
 from lm.config import Config, TrainConfig, to_dict
+
+SECONDS_BETWEEN_FLUSHES = 30.0  # of TensorBoard's events, which then are shown
 
 
 class Tracker(Protocol):
@@ -23,19 +27,34 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files beside the log, by tensorboardX: clu's writers import tensorflow."""
+    """Event files beside the log, by tensorboardX: clu's writers import tensorflow.
+
+    Not by its SummaryWriter: that one's thread dies of a full disk, and the run then waits for it.
+    """
 
     def __init__(self, config: Config, workdir: Path, step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
 
-        self._writer = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+        self._path, self._event, self._summary = workdir / "events", Event, Summary
+        self._writer, self._flushed = EventsWriter(str(self._path)), time.monotonic()
+        if step:  # later ones of an earlier file are not shown
+            session = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=step + 1, session_log=session))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        values = [self._summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
+        summary = self._summary(value=values)
+        with naming(self._path):
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+                self._writer.flush()
+                self._flushed = time.monotonic()
 
     def close(self, done: bool) -> None:
-        self._writer.close()
+        with naming(self._path):
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -94,16 +113,18 @@ class MetricsLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in line.items()
         }
-        self._file.write(json.dumps(line) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps(line) + "\n")
         scalars = {k: v for k, v in _scalars(line) if k != "step" and v is not None}
         for tracker in self._trackers:
             tracker.write(line["step"], scalars)
 
     def flush(self, to_disk: bool = False) -> None:
         """Shows to others what was written; ``to_disk`` waits until the disk, or bucket, has it."""
-        self._file.flush()
-        if to_disk:
-            os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.flush()
+            if to_disk:
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -113,9 +134,10 @@ class MetricsLog:
 
     def close(self, done: bool = True) -> None:
         """Flushes and closes; ``done``: the run has ended, and not been interrupted."""
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close(done)
+        with contextlib.ExitStack() as stack, naming(self._path):
+            for tracker in self._trackers:
+                stack.callback(tracker.close, done)
+            self._file.close()
 
 
 def _scalars(line: dict) -> Iterator[tuple[str, float | None]]:

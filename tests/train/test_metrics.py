@@ -1,6 +1,8 @@
 """The run's log, and those that get the same numbers."""
 
 import json
+import struct
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,45 @@ def test_trackers_get_the_finite_numbers_and_how_it_ended(tmp_path):
 def test_tensorboard_and_nothing_else_gets_them_by_default(tmp_path):
     MetricsLog.of(Config(), tmp_path, 0).close()
     assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {"metrics", "events"}
+
+
+def events(path):
+    """TensorBoard's, of a file of records: length, its checksum, content, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, found = path.read_bytes(), []
+    while content:
+        (size,) = struct.unpack("Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    return found
+
+
+def test_tensorboard_sees_the_numbers_and_from_where_a_run_goes_on(tmp_path):
+    with MetricsLog.of(Config(), tmp_path, 7) as log:
+        log.write({"step": 8, "train_loss": 2.5, "expert_load": [0.5]})
+    first, session, line = events(*tmp_path.glob("events.out.tfevents.*"))
+    assert first.file_version == "brain.Event:2"
+    assert session.step == 8 and session.session_log.status == session.session_log.START
+    found = {value.tag: value.simple_value for value in line.summary.value}
+    assert line.step == 8 and found == {"train_loss": 2.5, "expert_load/0": 0.5}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("full", ["metrics.jsonl", "events"])
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path, full):
+    log = MetricsLog.of(Config(), tmp_path, 0)
+    if full == "metrics.jsonl":
+        log._file = open("/dev/full", "a")
+    else:
+        log._trackers[0]._writer._py_recordio_writer._writer = open("/dev/full", "wb")
+    with pytest.raises(OSError, match="No space left") as error:
+        for step in range(20_000):  # beyond every buffer
+            log.write({"step": step})
+            log.flush()
+    assert error.value.filename == str(tmp_path / full)
+    with pytest.raises(OSError, match="No space left"):
+        log.close(done=False)
 
 
 def test_a_tracker_that_is_not_installed_is_told(monkeypatch):
