@@ -50,6 +50,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "gguf": ["gguf>=0.17"],
         "quant": ["qwix>=0.1.8"],
-        "compare": ["torch>=2.6", "transformers>=4.50"],
+        "eval": ["lm-eval>=0.4.9"],
+        "compare": ["lm-eval[hf]>=0.4.9", "torch>=2.6", "transformers>=4.50"],
     },
 )
