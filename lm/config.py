@@ -367,6 +367,8 @@ class TrainConfig:
         )
         one_of("train.batch_rule", self.batch_rule, RULES_BATCH)
         one_of("train.flops_convention", self.flops_convention, FLOPS_CONVENTIONS)
+        if self.seed >= 2**32:
+            raise BadInput(f"train.seed = {self.seed}: must be below 2**32")
         if self.track not in ("", "wandb"):
             raise BadInput(f"train.track = {self.track!r}: must be 'wandb', or '' for nothing")
 

@@ -166,6 +166,7 @@ LONGROPE = RopeScalingConfig("longrope", 2.0, 64, short_factors=(1.0,), long_fac
         (OptimizerConfig, dict(learning_rate_rule="mup"), "must be one of fixed, width,"),
         (OptimizerConfig, dict(learning_rate=0.0), "optimizer.learning_rate = 0.0: must be above"),
         (TrainConfig, dict(tokens=0.0), "train.tokens = 0.0: must be above 0"),
+        (TrainConfig, dict(seed=2**32), "train.seed = 4294967296: must be below 2**32"),
         (TrainConfig, dict(accumulation=0), "train.accumulation = 0: must be above 0"),
         (TrainConfig, dict(batch_rule="step-law"), "did you mean 'step_law'"),
         (MeshConfig, dict(data=-1, model=-1), "only one axis can take what is left"),

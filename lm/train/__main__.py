@@ -12,7 +12,6 @@ import sys
 from absl import flags
 
 from lm import command, hosts
-from lm.command import BadInput
 from lm.config import Config
 from lm.config_file import config_from_flags, define_config_flag
 from lm.train.profile import profile_range
@@ -33,8 +32,7 @@ flags.DEFINE_string(
 
 def main() -> int | None:
     config = config_from_flags(FLAGS)
-    if FLAGS.workdir is None:
-        raise BadInput("--workdir is missing; as --workdir=runs/tiny")
+    command.check_folder("--workdir", FLAGS.workdir, "runs/tiny")
     profiled = profile_range(FLAGS.profile) if FLAGS.profile is not None else None
 
     try:

@@ -207,10 +207,11 @@ def test_slow_reading_is_no_step_time_on_cpu_and_no_speed_either(config, program
     assert read_metrics(tmp_path)[0]["tokens_per_second"] < 16 * 64 * 8
 
 
-def test_the_command_needs_a_workdir(capsys):
-    argv = ["lm.train", "--config=configs/tiny.py"]
+@pytest.mark.parametrize("given", [[], ["--workdir="]])
+def test_the_command_needs_a_workdir(given, capsys):
+    argv = ["lm.train", "--config=configs/tiny.py", *given]
     assert command.run(main.main, main.FLAGS, main.__doc__, argv) == command.BAD_INPUT
-    assert "--workdir is missing" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "error: --workdir is missing; as --workdir=runs/tiny\n")
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
