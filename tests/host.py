@@ -14,7 +14,7 @@ from lm.train import __main__ as train
 def main(noted: str) -> int:
     trained: set[int] = set()  # step x rows of a batch + row
     validated = 0
-    read, batch = Dataset._train_windows, Dataset._batch
+    read, batch = Dataset._train_rows, Dataset._batch
 
     def reading(dataset, rows, seed):
         trained.update(map(int, rows))
@@ -25,7 +25,7 @@ def main(noted: str) -> int:
         validated += 0 if weights is None else int(weights.any(axis=1).sum())
         return batch(dataset, tokens, weights)
 
-    Dataset._train_windows, Dataset._batch = reading, making
+    Dataset._train_rows, Dataset._batch = reading, making
     code = command.run(train.main, train.FLAGS, train.__doc__, ["lm.train", *sys.argv[2:]])
     with open(noted, "w") as file:
         json.dump({"trained": sorted(trained), "validated": validated}, file)
