@@ -65,11 +65,13 @@ class ParameterCount:
     tied: Number
     experts: Number  # the part of `feed_forward` in experts that are routed to
     idle_experts: Number  # the part of those that a token does not visit
+    adapters: Number  # beside matrices; with them, nothing else is trained
 
     @property
     def total(self) -> Number:
         """What a checkpoint stores: a tied matrix counts once."""
-        return self.embedding + self.positions + self.non_embedding + self.head * (1 - self.tied)
+        outside = self.embedding + self.positions + self.head * (1 - self.tied)
+        return outside + self.non_embedding + self.adapters
 
     @property
     def non_embedding(self) -> Number:
@@ -126,7 +128,19 @@ def parameters(model: ModelConfig | SimpleNamespace, seq_len: Number = 0) -> Par
         tied=model.tied * 1,
         experts=with_experts * moe.n_experts * an_expert,
         idle_experts=with_experts * (moe.n_experts - moe.top_k) * an_expert,
+        adapters=_adapters(model),
     )
+
+
+def _adapters(model: ModelConfig | SimpleNamespace) -> Number:
+    d, ff = model.d_model, model.d_ff
+    queries, keys = model.n_heads * model.head_width, model.n_kv_heads * model.head_width
+    sums = {"query": d + queries, "key": d + keys, "value": d + keys, "out": queries + d}
+    sums |= dict.fromkeys(
+        ("up", "down", "gate")[: _FEED_FORWARD_MATRICES[model.feed_forward]], d + ff
+    )
+    each = sum(size for name, size in sums.items() if model.lora.adapts(name))
+    return model.n_layers * model.lora.rank * each
 
 
 def flops_per_token(
@@ -145,7 +159,8 @@ def flops_per_token(
       here it follows the model's own key/value heads and gate.
     - ``exact``: the matrix products of a plain implementation: blocks, head and all T x T scores.
       6 N' + 12 L T d_att, with N' = ``matrices`` and d_att = heads x width. The look-up is free;
-      norms, softmax and activations are not counted.
+      norms, softmax and activations are not counted. With adapters 4 N' + 6 of them: matrices that
+      stay as they are have no gradient of their own.
     - ``exact_causal``: ``exact`` with only the scores that the mask keeps: (T + 1) / 2 keys a
       query, or fewer under a sliding window
     """
@@ -159,10 +174,10 @@ def flops_per_token(
     if convention == "exact_causal":
         keys = _keys_per_query(seq_len, model.sliding_window)
     scores_and_values = 2 * 2.0 * model.n_layers * keys * model.n_heads * model.head_width
-    forward = 2.0 * count.matrices + scores_and_values
+    forward = 2.0 * (count.matrices + count.adapters) + scores_and_values
     if convention == "chinchilla":
         forward = forward + 2.0 * count.embedding + 3.0 * model.n_layers * model.n_heads * seq_len
-    return 3.0 * forward
+    return 3.0 * forward - 2.0 * count.matrices * (model.lora.rank > 0)
 
 
 def _keys_per_query(seq_len: Number, window: Number) -> Number:

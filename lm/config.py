@@ -20,6 +20,7 @@ RULES_BATCH = ("fixed", "porian2024", "step_law")
 RULES_WARMUP = ("fixed", "params")
 REMAT = ("none", "full", "dots", "dots_with_no_batch_dims", "offload")
 ATTENTION_KERNELS = ("auto", "einsum", "cudnn", "splash")
+LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3", "longrope")
 MESH_AXES = ("replica", "stage", "data", "context", "model")
 
@@ -124,6 +125,32 @@ class RopeScalingConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside matrices that stay as they are (Hu et al. 2021); rank 0: none."""
+
+    rank: int = 0
+    alpha: float = 16.0  # an adapter counts alpha / rank times
+    targets: tuple[str, ...] = LORA_TARGETS  # of attention, then of the feed-forward layers
+
+    def __post_init__(self):
+        _not_negative("model.lora", self, "rank")
+        _positive("model.lora", self, "alpha")
+        for name in self.targets:
+            one_of("model.lora.targets", name, LORA_TARGETS)
+        if self.rank and not self.targets:
+            raise BadInput("model.lora.targets = (): must name a matrix, or model.lora.rank be 0")
+
+    def adapts(self, name: str | None) -> bool:
+        """Whether the matrix of this name has an adapter."""
+        return self.rank > 0 and name in self.targets
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder. The defaults are today's recipe, the alternatives the papers' comparisons."""
 
@@ -157,6 +184,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the computation: float32 | bfloat16; parameters stay float32
     quantization: str = "none"  # of the blocks' products: none | int8 | fp8
     attention_kernel: str = "auto"  # auto (by place) | einsum | cudnn | splash
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         _positive(
@@ -220,6 +248,11 @@ class ModelConfig:
             raise BadInput(
                 f"model.moe.first_dense = {moe.first_dense}, model.moe.every = {moe.every}: of"
                 f" model.n_layers = {self.n_layers} none would have experts"
+            )
+        if self.lora.rank and {"gate", "up", "down"} & set(self.lora.targets):
+            raise BadInput(
+                f"model.lora.targets = {self.lora.targets}: experts have no adapters, so with"
+                " model.moe it must be of query, key, value, out"
             )
         if self.scan_layers and (self.n_layers - moe.first_dense) % moe.every:
             raise BadInput(
@@ -355,6 +388,7 @@ class TrainConfig:
         _not_negative("train", self, "flops", "evaluate_every", "seed", "loss_chunk", "keep_every")
         if self.checkpoint_every < -1:
             raise BadInput(f"train.checkpoint_every = {self.checkpoint_every}: must be -1 or more")
+    init_from: str = ""  # a run's folder, or an imported one, whose parameters are the first
         _positive(
             "train",
             self,
@@ -586,3 +620,12 @@ def replace(config: Config, **sections: Any) -> Config:
             values = {**changed[section].to_dict(), **values}
         changed[section] = values
     return from_config_dict(changed)
+def check_vocabulary(config: Config, tokenizers: int) -> None:
+    """Raises ``BadInput`` where the model has fewer ids than the tokenizer."""
+    if config.model.vocab_size < tokenizers:
+        raise BadInput(
+            f"model.vocab_size = {config.model.vocab_size}: must be at least the tokenizer's"
+            f" {tokenizers} ({config.data.tokenizer})"
+        )
+
+

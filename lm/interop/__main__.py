@@ -1,10 +1,12 @@
 """Weights of other people in, ours out.
 
 python -m lm.interop import --from=HF_DIR_OR_GGUF --to=WORKDIR
-python -m lm.interop export --from=WORKDIR --to=HF_DIR [--dtype=bfloat16]
+python -m lm.interop export --from=WORKDIR --to=HF_DIR [--dtype=bfloat16] [--adapters]
+python -m lm.interop merge --from=WORKDIR --to=WORKDIR
 
 A WORKDIR is a run's folder. HF_DIR holds config.json, model*.safetensors and tokenizer.json, as
-transformers writes and reads them.
+transformers writes and reads them. Of a run with LoRA adapters, export and merge add them to their
+matrices; export --adapters writes them alone, as peft reads them.
 """
 
 import sys
@@ -27,6 +29,7 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "scan_layers", False, "import: stack the layers, for a scan over them.", flag_values=FLAGS
 )
+flags.DEFINE_bool("adapters", False, "export: LoRA's adapters alone.", flag_values=FLAGS)
 
 
 def _paths() -> tuple[Path, Path]:
@@ -50,13 +53,26 @@ def import_() -> None:
 
 def export() -> None:
     workdir, to = _paths()
-    from lm.interop.workdir import export_weights
+    from lm.interop.workdir import export_adapters, export_weights
 
     one_of("--dtype", FLAGS.dtype, ("float32", "bfloat16", "float16"))
     with folder_atomically(to) as folder:
-        config = export_weights(workdir, folder, FLAGS.dtype)
-    print(f"{to}: {config['architectures'][0]}")
+        if FLAGS.adapters:
+            config = export_adapters(workdir, folder, FLAGS.dtype)
+            told = f"{', '.join(config['target_modules'])} at rank {config['r']}"
+        else:
+            told = export_weights(workdir, folder, FLAGS.dtype)["architectures"][0]
+    print(f"{to}: {told}")
+
+
+def merge() -> None:
+    workdir, to = _paths()
+    from lm.interop.workdir import merge_weights
+
+    with folder_atomically(to) as folder:
+        result = merge_weights(workdir, folder)
+    print(f"{to}: {result['total_params']:,} parameters")
 
 
 if __name__ == "__main__":
-    sys.exit(command.run({"import": import_, "export": export}, FLAGS, __doc__))
+    sys.exit(command.run({"import": import_, "export": export, "merge": merge}, FLAGS, __doc__))

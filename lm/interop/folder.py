@@ -92,7 +92,7 @@ def write_folder(
     if len(shards) == 1:
         files = ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        tensors = {name: _as(dtype, name, pieces[name][1]()) for name in names}
+        tensors = {name: cast(dtype, name, pieces[name][1]()) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {
@@ -106,7 +106,8 @@ def write_folder(
     (folder / "config.json").write_text(json.dumps(written, indent=1))
 
 
-def _as(dtype: str, name: str, piece: np.ndarray) -> np.ndarray:
+def cast(dtype: str, name: str, piece: np.ndarray) -> np.ndarray:
+    """A tensor in one of DTYPES. Raises ``BadInput`` for values beyond its range."""
     with np.errstate(over="ignore"):
         result = piece.astype(DTYPES[dtype])
     if not np.isfinite(result.astype(np.float32)).all() and np.isfinite(piece).all():

@@ -46,6 +46,12 @@ LAYER = {
     "feed_forward/experts/up/kernel": "block_sparse_moe.experts.{e}.w3.weight",
     "feed_forward/experts/down/kernel": "block_sparse_moe.experts.{e}.w2.weight",
 }
+LAYER |= {  # adapters, by the names of the package peft
+    ours.replace("kernel", f"lora_{x}"): theirs.replace("weight", f"lora_{x.upper()}.weight")
+    for ours, theirs in LAYER.items()
+    for x in "ab"
+    if ours.endswith("kernel") and "{e}" not in theirs
+}
 NAMES = OUTSIDE | {f"layer/{ours}": f"model.layers.{{i}}.{name}" for ours, name in LAYER.items()}
 # Of older files; they follow from the config.
 NO_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")
@@ -68,7 +74,7 @@ class Leaf(NamedTuple):
 
     names: dict[tuple[int, ...], str]  # by place along the stacked axes
     stacked: int  # how many these are
-    is_kernel: bool  # the axes after them are theirs, transposed
+    is_kernel: bool  # or a part of an adapter: the axes after them are theirs, transposed
     array: Any  # with a shape
 
     @property
@@ -105,7 +111,7 @@ def _leaf(model: ModelConfig, path: Any, array: Any) -> Leaf:
         (j,) * scanned + (e,) * routed: NAMES[ours].format(i=i, e=e)
         for (j, i), e in itertools.product(enumerate(layers), experts)
     }
-    return Leaf(names, scanned + routed, ours.endswith("kernel"), array)
+    return Leaf(names, scanned + routed, ours.endswith(("kernel", "lora_a", "lora_b")), array)
 
 
 def load(source: Source, config: Config, mesh: Mesh) -> Any:

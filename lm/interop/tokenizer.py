@@ -2,11 +2,17 @@
 
 import json
 
+from lm.data.chat import Template
 from lm.data.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer
 
 
-def companions(tokenizer: Tokenizer, positions: int) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json of a tokenizer; ``positions``: the longest text."""
+def companions(
+    tokenizer: Tokenizer, positions: int, template: Template | None = None
+) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json of a tokenizer; ``positions``: the longest text.
+
+    And the ``template`` that its model has learned to answer in.
+    """
     if isinstance(tokenizer, ByteTokenizer):
         content = bytes_json(tokenizer)
     else:
@@ -17,7 +23,11 @@ def companions(tokenizer: Tokenizer, positions: int) -> dict[str, bytes]:
         "model_max_length": positions,
         "clean_up_tokenization_spaces": False,
     }
-    return {
+    chat = {}
+    if template:
+        settings |= {name: token for name, token in template.special.items() if token}
+        chat = {"chat_template.jinja": template.source.encode()}
+    return chat | {
         "tokenizer.json": content.encode(),
         "tokenizer_config.json": json.dumps(settings, indent=1).encode(),
     }

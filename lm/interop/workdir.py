@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
 
 from lm import arithmetic
 from lm.checkpoint import SCHEMA, Checkpoints, claim, load_config, load_params
 from lm.command import BadInput, write_atomically
-from lm.config import Config, MeshConfig, replace
-from lm.data import open_tokenizer
+from lm.config import Config, LoraConfig, MeshConfig, replace, to_dict
+from lm.data import open_template, open_tokenizer
 from lm.data.tokenizers import JsonTokenizer
 from lm.interop import tokenizer as tokenizers
 from lm.interop.families import from_transformers, to_transformers
-from lm.interop.folder import COMPANIONS, Folder, write_folder
+from lm.interop.folder import COMPANIONS, Folder, cast, write_folder
 from lm.interop.gguf_file import GgufFile
 from lm.interop.tensors import load, pieces
+from lm.model.lora import NAMES, merged
 from lm.sharding import make_mesh
 
 
@@ -51,15 +54,36 @@ def import_weights(
         model={"dtype": dtype, "scan_layers": scan_layers},
         data={"seq_len": positions, "tokenizer": "tokenizer.json"},
     )
-    params = load(source, config, host())
+    return _save(workdir, config, load(source, config, host()), "imported")
+
+
+def merge_weights(workdir: Path, to: Path) -> dict[str, Any]:
+    """Makes ``to``, which is empty, a run's folder of the same function without adapters.
+
+    Returns the run's result, of the status `merged`. Raises ``BadInput`` where ``workdir`` has no
+    adapters.
+    """
+    config = load_config(workdir)
+    if not config.model.lora.rank:
+        raise BadInput(f"{workdir}: has no adapters (model.lora.rank = 0)")
+    for name in COMPANIONS:
+        if (workdir / name).exists():
+            (to / name).write_bytes((workdir / name).read_bytes())
+            config = replace(config, data={"tokenizer": "tokenizer.json"})
+    params = merged(load_params(workdir, config, host()), config.model.lora)
+    plain = replace(config, model={"lora": to_dict(LoraConfig())}, train={"init_from": ""})
+    return _save(to, plain, params, "merged")
+
+
+def _save(workdir: Path, config: Config, params: Any, status: str) -> dict[str, Any]:
     claim(workdir, config)
     checkpoints = Checkpoints(workdir)
     checkpoints.save(0, {"params": params}, {"schema": SCHEMA})
     checkpoints.close()
-    count = arithmetic.parameters(model, positions)
+    count = arithmetic.parameters(config.model, config.data.seq_len)
     result = {
         "schema": SCHEMA,
-        "status": "imported",
+        "status": status,
         "loss": None,
         "params": count.blocks_and_head,
         "total_params": count.total,
@@ -73,18 +97,48 @@ def export_weights(workdir: Path, folder: Path, dtype: str = "float32") -> dict[
     """Writes the newest checkpoint of a run's folder as a Hugging Face folder.
 
     ``dtype`` is that of the stored weights. Returns config.json's content. Raises ``BadInput``
-    where no family of transformers computes what the model does.
+    where no family of transformers computes what the model does. Adapters are merged.
     """
     config = load_config(workdir)
+    params = load_params(workdir, config, host())
+    if config.model.lora.rank:
+        params = merged(params, config.model.lora)
+        config = replace(config, model={"lora": to_dict(LoraConfig())})
     written = to_transformers(config.model, config.data.seq_len)
     tokenizer = open_tokenizer(config.data)
     companions = {
         name: (workdir / name).read_bytes() for name in COMPANIONS if (workdir / name).exists()
     }
-    companions = companions or tokenizers.companions(tokenizer, config.data.seq_len)
+    template = open_template(config.data, tokenizer) if config.data.has_chats else None
+    companions = companions or tokenizers.companions(tokenizer, config.data.seq_len, template)
     written |= {"bos_token_id": None, "eos_token_id": tokenizer.end_of_text}
-    params = load_params(workdir, config, host())
     write_folder(folder, written, pieces(config.model, params), companions, dtype)
+    return written
+
+
+def export_adapters(workdir: Path, folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """Writes the adapters of a run's folder alone, as the package peft reads them.
+
+    Returns adapter_config.json's content. Raises ``BadInput`` where there are none.
+    """
+    config = load_config(workdir)
+    lora = config.model.lora
+    if not lora.rank:
+        raise BadInput(f"{workdir}: has no adapters (model.lora.rank = 0)")
+    flat = flatten_dict(load_params(workdir, config, host()))
+    adapters = unflatten_dict({key: x for key, x in flat.items() if key[-1] in NAMES})
+    found = {f"base_model.model.{k}": p for k, p in pieces(config.model, adapters).items()}
+    written = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.train.init_from or None,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": sorted({name.split(".")[-3] for name in found}),
+    }
+    tensors = {name: cast(dtype, name, piece()) for name, (_, piece) in found.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(written, indent=1))
     return written
 
 

@@ -34,6 +34,7 @@ class Attention(nn.Module):
                 use_bias=c.qkv_bias,
                 dtype=c.dtype,
                 quantization=c.quantization,
+                lora=c.lora,
                 name=name,
             )(x_BTD)
             return y.reshape(b, t, n_heads, c.head_width)
@@ -76,5 +77,6 @@ class Attention(nn.Module):
             (2 * c.n_layers) ** -0.5,
             dtype=c.dtype,
             quantization=c.quantization,
+            lora=c.lora,
             name="out",
         )(out_BTNH.reshape(b, t, -1))

@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        linear = partial(Linear, dtype=c.dtype, quantization=c.quantization)
+        linear = partial(Linear, dtype=c.dtype, quantization=c.quantization, lora=c.lora)
         into = partial(linear, self.d_ff or c.d_ff, ("embed", "ff"))
         up_BTF = into(name="up")(x_BTD)
         gate_BTF = into(name="gate")(x_BTD) if c.feed_forward in GATED else None

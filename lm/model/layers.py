@@ -4,13 +4,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import ModelConfig
+from lm.config import LoraConfig, ModelConfig
 from lm.model.quantized import matmul
 from lm.sharding import gather, is_split, partitioned
 
 
 class Linear(nn.Module):
-    """``x @ kernel (+ bias)`` over the last axis; float32 parameters, computed in ``dtype``."""
+    """``x @ kernel (+ bias)`` over the last axis; float32 parameters, computed in ``dtype``.
+
+    Its name says whether ``lora`` means it.
+    """
 
     features: int
     axes: tuple[str, str]  # logical axes of the kernel
@@ -18,6 +21,7 @@ class Linear(nn.Module):
     use_bias: bool = False
     dtype: str = "float32"
     quantization: str = "none"  # of the product: none | int8 | fp8
+    lora: LoraConfig = LoraConfig()  # where it names this matrix, + scale * x @ A @ B
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -30,6 +34,16 @@ class Linear(nn.Module):
         # But positions over several devices have no place in one axis with the batch.
         rows = x if is_split("positions") else x.reshape(-1, fan_in)
         y = matmul(rows, gather(kernel.astype(self.dtype), *self.axes), self.quantization)
+        if self.lora.adapts(self.name):
+            (into, out), rank = self.axes, self.lora.rank
+            # B is zero, so that the function is at first what it was; A then has a gradient for B.
+            a_init = partitioned(nn.initializers.normal(fan_in**-0.5), into, None)
+            b_init = partitioned(nn.initializers.zeros, None, out)
+            a_DR = self.param("lora_a", a_init, (fan_in, rank), jnp.float32)
+            b_RF = self.param("lora_b", b_init, (rank, self.features), jnp.float32)
+            a_DR = gather(a_DR.astype(self.dtype), into, None)
+            b_RF = gather(b_RF.astype(self.dtype), None, out)
+            y += self.lora.scale * ((rows @ a_DR) @ b_RF)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, self.axes[1])
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)

@@ -4,11 +4,13 @@ import jax
 import optax
 
 from lm.config import OptimizerConfig
+from lm.model import lora
 
 
 def is_matrix(path: tuple) -> bool:
-    """Whether it is a matrix of the blocks or the head: what decays, and what `width` scales."""
-    return path[-1].key == "kernel"
+    """Whether it is a matrix of the blocks or the head, or a part of an adapter beside one: what
+    decays, and what `width` scales."""
+    return path[-1].key in ("kernel", *lora.NAMES)
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -9,8 +9,8 @@ import pytest
 from flax.core import meta
 
 from lm import arithmetic
-from lm.config import ModelConfig
-from lm.model import Decoder, cross_entropy
+from lm.config import LoraConfig, ModelConfig
+from lm.model import Decoder, cross_entropy, lora
 
 B, T = 2, 32
 GROUPED = ModelConfig(
@@ -51,6 +51,25 @@ def product_flops(jaxpr):
 def test_exact_is_every_matrix_product_of_the_gradient(config):
     expected = arithmetic.training_flops(config, T, B * T, "exact")
     assert product_flops(lowered(config).jaxpr.jaxpr) == expected
+
+
+def test_exact_with_adapters():
+    """All but what would flow back to the embedding, which nothing trains: from the first layer's
+    queries, keys and values, and their adapters."""
+    config = dataclasses.replace(GROUPED, lora=LoraConfig(rank=4))
+    decoder = Decoder(config, T)
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    params = meta.unbox(jax.eval_shape(decoder.init, jax.random.key(0), tokens))["params"]
+
+    def loss(trained, params, inputs_BT, targets_BT):
+        params = lora.whole(params, trained)
+        return cross_entropy(decoder.apply({"params": params}, inputs_BT), targets_BT)
+
+    trained = lora.trained(params, config.lora)
+    traced = jax.jit(jax.grad(loss)).trace(trained, params, tokens, tokens)
+    expected = arithmetic.training_flops(config, T, B * T, "exact")
+    into_the_first = 2 * B * T * config.d_model * ((6 + 2 * 2) * 12 + 3 * 4)
+    assert product_flops(traced.jaxpr.jaxpr) == expected - into_the_first
 
 
 def test_exact_is_xlas_count_but_for_what_is_elementwise():

@@ -1,0 +1,71 @@
+"""The parameters a run starts from where they are not new: another folder's, as for fine-tuning."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from lm import data
+from lm.checkpoint import abstract_params, load_config, load_params
+from lm.command import BadInput
+from lm.config import Config, differences, to_dict
+from lm.data.tokenizers import Tokenizer
+
+# Settings that say how, or in training alone; and the reach of rotary positions, which a short
+# training on longer texts extends.
+MAY_DIFFER = ("dtype", "remat", "quantization", "attention_kernel", "lora", "rope_scaling")
+MOE_MAY_DIFFER = (
+    *("dispatch", "capacity_factor", "jitter", "dead_after"),
+    *("balance_coefficient", "z_coefficient"),
+)
+
+
+def check(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ``BadInput`` where ``train.init_from`` is no folder of this model's parameters.
+
+    That is also where its tokenizer is another: every embedding would be another token's.
+    """
+    folder = Path(config.train.init_from)
+    given = load_config(folder)
+    told = f"train.init_from = {config.train.init_from!r}"
+    if not list(folder.glob("checkpoints/[0-9]*")):
+        raise BadInput(f"{told}: holds no checkpoint")
+    if given.model.lora.rank and given.model.lora != config.model.lora:
+        raise BadInput(
+            f"{told}: has adapters of its own; `python -m lm.interop merge` adds them to its"
+            " matrices, or model.lora can be the same"
+        )
+    old, new = (_function(c) for c in (given, config))
+    if unlike := list(differences(old, new)):
+        raise BadInput(f"{told}: is another model ({'; '.join(unlike)})")
+    its = data.open_tokenizer(given.data)
+    if its.fingerprint != tokenizer.fingerprint:
+        where = getattr(its, "path", its.name)
+        raise BadInput(
+            f"{told}: its tokenizer is {its.name}, not {tokenizer.name}; set data.tokenizer ="
+            f" {str(where)!r}"
+        )
+
+
+def _function(config: Config) -> dict:
+    """What decides the parameters and what they compute."""
+    model = {k: v for k, v in to_dict(config.model).items() if k not in MAY_DIFFER}
+    model["moe"] = {k: v for k, v in model["moe"].items() if k not in MOE_MAY_DIFFER}
+    learned = config.model.position == "learned"
+    return {"model": model} | ({"data": {"seq_len": config.data.seq_len}} if learned else {})
+
+
+def params(config: Config, mesh: Mesh, fresh: Any) -> Any:
+    """``fresh`` parameters with those of ``train.init_from``, laid over ``mesh``, in their place.
+
+    New adapters stay fresh. What is replaced is given back before the other is read.
+    """
+    folder = Path(config.train.init_from)
+    lora = load_config(folder).model.lora
+    of_folder = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
+    flat = flatten_dict(fresh)
+    for key in flatten_dict(abstract_params(of_folder, mesh)):
+        flat[key].delete()
+    return unflatten_dict(flat | flatten_dict(load_params(folder, of_folder, mesh)))

@@ -1,0 +1,180 @@
+import dataclasses
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from lm.checkpoint import Checkpoints, abstract_params, claim, load_config, load_params
+from lm.command import BadInput
+from lm.config import Config, DataConfig, MeshConfig, ModelConfig, replace
+from lm.data import open_dataset, open_template
+from lm.data.tokenizers import ByteTokenizer, train_bpe
+from lm.generate.decode import Generator
+from lm.generate.sampling import Sampling
+from lm.model import Decoder, cross_entropy
+from lm.model.lora import NAMES
+from lm.sharding import make_mesh
+from lm.train import start
+from lm.train.loop import train
+from lm.train.step import Program
+
+MODEL = ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=24)
+BYTES = ByteTokenizer()
+
+
+def words(n=80, seed=0):
+    """Questions whose answers are the words in capitals."""
+    draw = random.Random(seed)
+    return ["".join(draw.choices("abcdef", k=3)) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talk")
+    records = [{"prompt": word, "response": word.upper()} for word in words()]
+    (folder / "talk.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return DataConfig(
+        "chat",
+        files=str(folder / "talk.jsonl"),
+        seq_len=64,
+        validation_tokens=64,
+        data_dir=str(folder / "data"),
+    )
+
+
+@pytest.fixture(scope="module")
+def base(text_data, tmp_path_factory):
+    """A folder with parameters, as an imported one."""
+    config = replace(
+        Config(model=MODEL, data=text_data, mesh=MeshConfig(data=1)),
+        train={"tokens": 512.0, "batch_tokens": 512.0, "steps_per_dispatch": 4},
+    )
+    workdir = tmp_path_factory.mktemp("runs") / "base"
+    claim(workdir, config)
+    checkpoints = Checkpoints(workdir)
+    params = Program(config, one_device()).init(5).params
+    checkpoints.save(0, {"params": params}, {"schema": 1})
+    checkpoints.close()
+    return workdir
+
+
+def one_device():
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def tuned(base, talk, **model):
+    """The config that goes on from ``base`` with conversations."""
+    config = dataclasses.replace(load_config(base), data=talk, mesh=MeshConfig(data=8))
+    return replace(config, model=model, train={"init_from": str(base)})
+
+
+@pytest.mark.parametrize("mesh", [dict(data=1), dict(data=4, model=2, zero=3)], ids=str)
+def test_the_first_parameters_are_the_folders_on_any_mesh(base, talk, mesh):
+    config = replace(tuned(base, talk, lora={"rank": 2}), mesh=mesh)
+    program = Program(
+        config, make_mesh(config.mesh, jax.devices()[: 1 if mesh["data"] == 1 else 8])
+    )
+    fresh = program.init(0).params
+    new = {key: np.array(x) for key, x in flatten_dict(fresh).items() if key[-1] in NAMES}
+    saved = load_params(base, load_config(base), one_device())
+    wanted = flatten_dict(jax.device_get(saved)) | new
+    found = start.params(config, program.mesh, fresh)
+    assert flatten_dict(found).keys() == wanted.keys()
+    for key, x in flatten_dict(found).items():
+        np.testing.assert_array_equal(x, wanted[key])
+    shardings = jax.tree.map(lambda x: x.sharding, found)
+    assert shardings == jax.tree.map(lambda x: x.sharding, abstract_params(config, program.mesh))
+
+
+def test_fine_tuning_is_a_run_that_begins_at_the_folders_loss(base, talk, tmp_path):
+    """With a rate of next to nothing, the loss is that of the folder's parameters."""
+    config = replace(tuned(base, talk, lora={"rank": 2}), optimizer={"learning_rate": 1e-9})
+    result = train(config, tmp_path / "tuned")
+    params = load_params(base, load_config(base), one_device())
+    nats = tokens = 0.0
+    for batch in open_dataset(talk).validation(8):
+        logits = Decoder(MODEL, 64).apply(
+            {"params": params}, batch.inputs_BT, batch.segments_BT, batch.positions_BT
+        )
+        nats += float(cross_entropy(logits, batch.targets_BT, batch.weights_BT))
+        tokens += batch.weights_BT.sum()
+    assert result["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert result["validation_tokens"] == tokens < 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(train={"init_from": "nowhere"}), "nowhere: no run here"),
+        (dict(model={"n_layers": 3}), "is another model .config.model.n_layers: 1 -> 3"),
+        (dict(model={"norm_eps": 1e-3}), "config.model.norm_eps"),
+        (dict(model={"scan_layers": True}), "config.model.scan_layers"),
+    ],
+    ids=str,
+)
+def test_another_model_is_refused_with_nothing_written(base, talk, tmp_path, change, message):
+    config = replace(tuned(base, talk), **change)
+    with pytest.raises(BadInput, match=message):
+        train(config, tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_what_may_differ(base, talk):
+    settings = dict(remat="full", dtype="bfloat16", lora={"rank": 1})
+    scaling = {"kind": "yarn", "factor": 2.0, "original_positions": 64}
+    start.check(tuned(base, talk, rope_scaling=scaling, **settings), BYTES)
+
+
+def test_another_tokenizer_is_refused(base, talk, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(train_bpe(["ab ab ab ab abc"], 259))
+    path = str(tmp_path / "tokenizer.json")
+    config = replace(tuned(base, talk), data={"tokenizer": path})
+    with pytest.raises(
+        BadInput, match="its tokenizer is bytes, not .*; set data.tokenizer = 'bytes'"
+    ):
+        train(config, tmp_path / "tuned")
+
+
+def test_a_folder_with_adapters_of_its_own(base, talk, tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    theirs = replace(tuned(base, talk, lora={"rank": 2}), train={"init_from": ""})
+    claim(tmp_path, theirs)
+    same = replace(theirs, train={"init_from": str(tmp_path)})
+    start.check(same, BYTES)
+    with pytest.raises(BadInput, match="has adapters of its own; `python -m lm.interop merge`"):
+        start.check(replace(same, model={"lora": {"rank": 3}}), BYTES)
+    (tmp_path / "checkpoints" / "4").rmdir()
+    with pytest.raises(BadInput, match="holds no checkpoint"):
+        start.check(same, BYTES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "share", "right"), [(0, 0.35, 14), (8, 0.75, 0)])
+def test_it_learns_to_answer(base, talk, tmp_path, rank, share, right):
+    """Whole, questions that were held out too; adapters of random matrices learn less."""
+    config = replace(
+        tuned(base, talk, lora={"rank": rank}),
+        train={"tokens": 400 * 512.0, "steps_per_dispatch": 100},
+        optimizer={"learning_rate": 0.01},
+    )
+    before = train(
+        replace(config, train={"tokens": 512.0}, optimizer={"learning_rate": 1e-9}), tmp_path / "0"
+    )
+    after = train(config, tmp_path / "tuned")
+    assert after["loss"] < share * before["loss"]
+    mesh = one_device()
+    template = open_template(talk, BYTES)
+    asked = [w for w in words(200, seed=1) if w not in words()][:20]
+    prompts = [
+        BYTES.encode_marked(template.render([{"role": "user", "content": w}], prompt=True))[0]
+        for w in asked
+    ]
+    generator = Generator(
+        *(config, load_params(tmp_path / "tuned", config, mesh), 64, mesh, Sampling(temperature=0)),
+        stop=[BYTES.end_of_text],
+    )
+    found = [BYTES.decode(c.tokens) for c in generator([p.tolist() for p in prompts], 8)]
+    assert sum(f == w.upper() for f, w in zip(found, asked, strict=True)) >= right
