@@ -25,6 +25,7 @@ from lm.command import BadInput
 
 VARIABLES = ("LM_COORDINATOR", "LM_PROCESSES", "LM_PROCESS")
 HEARTBEAT_SECONDS = 50  # jax's own, which names nobody: behind the watch's
+FAILING_SECONDS = 15.0  # that processes may fail apart and still have failed together
 
 
 class Cluster(NamedTuple):
@@ -99,6 +100,7 @@ class _Link:
         self.index, self.n = found.index, found.n
         self.name = f"process {found.index} ({socket.gethostname()})"
         self.words: queue.SimpleQueue[dict] = queue.SimpleQueue()
+        self.at_end: Callable[[int, str], None] = lambda code, reason: None
         arguments = (found.index, found.n, found.host, found.port)
         self._left = False
         self._watch = subprocess.Popen(
@@ -115,6 +117,8 @@ class _Link:
         for line in self._watch.stdout:
             word = json.loads(line)
             if "end" in word:
+                with contextlib.suppress(Exception):
+                    self.at_end(word["end"], word["reason"])
                 os._exit(word["end"])
             self.words.put(word)
         if not self._left:
@@ -243,15 +247,20 @@ def any_of(flag: bool) -> bool:
     return _agree(any, flag)
 
 
-def _agree(decide: Callable[[list], Any], says: Any) -> Any:
-    """``agree`` on what process 0 makes of what each process ``says``."""
+def _agree(decide: Callable[[list], Any], says: Any, seconds: float | None = None) -> Any:
+    """``agree`` on what process 0 makes of what each process ``says``.
+
+    Raises ``queue.Empty`` where the others don't come within ``seconds``.
+    """
     if _link is None:
         return decide([says])
     if _link.index:
         _link.say({"here": _link.index, "says": says})
-        word = _link.words.get()["agreed"]
+        word = _link.words.get(timeout=seconds)["agreed"]
     else:
-        said = [says, *(_link.words.get()["says"] for _ in range(1, _link.n))]
+        said = [says, *(_link.words.get(timeout=seconds)["says"] for _ in range(1, _link.n))]
+        if _HAVE_FAILED in said and says != _HAVE_FAILED:
+            threading.Event().wait()  # for the end that the others make of it
         with ending_all():
             try:
                 word = {"value": decide(said)}
@@ -275,6 +284,40 @@ def ending_all() -> Iterator[None]:
         if _link is None:
             raise
         _end_all(error)
+
+
+_HAVE_FAILED = "have failed"
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Raises an error in it where all processes have one; else it is the end of all processes.
+
+    So what fails alike everywhere, as a model that finds no memory, can be gone on from.
+    """
+    failed = None
+    with ending_all():
+        try:
+            yield
+        except Exception as error:
+            if not _all_fail():
+                raise
+            failed = error
+    if failed:
+        raise failed
+
+
+def _all_fail() -> bool:
+    try:
+        return _agree(lambda said: set(said) == {_HAVE_FAILED}, _HAVE_FAILED, FAILING_SECONDS)
+    except queue.Empty:
+        return False
+
+
+def at_end(tell: Callable[[int, str], None]) -> None:
+    """Calls ``tell`` with the exit code and the reason before all processes end together."""
+    if _link:
+        _link.at_end = tell
 
 
 def _end_all(error: BaseException) -> NoReturn:

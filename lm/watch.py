@@ -11,7 +11,7 @@ line of JSON each. ``lm.hosts`` is the parent's side.
     agreed   process 0 to all        a value that all go on with
     failed   a parent to all         its exit code and reason: all shall end
     left     a parent to all         it has done its part
-    end      a watch to its parent   exit with this code: the reason is on standard error
+    end      a watch to its parent   exit with this code; the reason is on standard error too
 """
 
 import asyncio
@@ -150,7 +150,7 @@ class Watch:
         self.tell({"failed": [code, reason]})
         if not own:
             print(f"error: {reason}", file=sys.stderr, flush=True)
-        self.to_parent({"end": code})
+        self.to_parent({"end": code, "reason": reason})
         await self.sent()
         try:
             await asyncio.wait_for(self.parent_ended.wait(), PATIENCE_SECONDS)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lm.command import BadInput
+from lm import hosts
+from lm.command import PREEMPTED, BadInput
 from lm.config import Config, to_dict
 from lm.sweep import grid
 from lm.sweep.store import SCHEMA, Store
@@ -155,6 +156,11 @@ def launch(
         else:
             show(study, f"{run_id}: {study.states[run_id]}, {event['reason']}")
 
+    def ended(code: int, reason: str) -> None:
+        for run_id in list(study.running):
+            leases.end(run_id, "interrupted" if code == PREEMPTED else "died", reason)
+
+    hosts.at_end(ended)
     with leases.kept():
         try:
             while True:
@@ -183,13 +189,14 @@ def launch(
 
 
 def ready(study: Study) -> list[grid.Run]:
-    """Runs that can start now, in the order in which they should."""
-    return [
+    """Runs that can start now, in the order in which they should; last those that kill workers."""
+    found = [
         run
         for run in grid.in_order(study.budgets)
         if study.states[run.run_id] == "waiting"
         and (run.parent is None or study.states.get(run.parent) == "done")
     ]
+    return sorted(found, key=lambda run: study.store.leases.deaths(run.run_id))
 
 
 def _job(store: Store, run: grid.Run) -> dict:

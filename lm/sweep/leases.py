@@ -82,9 +82,16 @@ class Leases:
             return "waiting"
         if run_id in self._held or self._live(attempts[-1]):
             return "running"
-        if len(self._deaths(run_id)) >= DEATHS:
+        if self.deaths(run_id) >= DEATHS:
             return "set aside"
         return "failed" if attempts[-1].end == "failed" else "waiting"
+
+    def deaths(self, run_id: str) -> int:
+        """How many workers a run has killed since it was last forgiven."""
+        deaths = 0
+        for attempt in self._attempts.get(run_id, ()):
+            deaths = 0 if attempt.end == "forgiven" else deaths + (attempt.end == "died")
+        return deaths
 
     def last(self, run_id: str) -> Attempt:
         """The newest attempt at a run that has one."""
@@ -140,15 +147,6 @@ class Leases:
             with contextlib.suppress(OSError):  # it expires, then
                 for run_id in list(self._held):
                     self.end(run_id, "interrupted")
-
-    def _deaths(self, run_id: str) -> list[Attempt]:
-        deaths: list[Attempt] = []
-        for attempt in self._attempts[run_id]:
-            if attempt.end == "forgiven":
-                deaths = []
-            elif attempt.end == "died":
-                deaths.append(attempt)
-        return deaths
 
     def _live(self, attempt: Attempt) -> bool:
         if attempt.end not in (None, "done") or attempt.expires < time.time():

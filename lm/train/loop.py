@@ -101,7 +101,7 @@ def train(
         done = hosts.agree(lambda: claim(workdir, config, force, stack))
         if done is not None:
             return done
-        stack.enter_context(hosts.ending_all())
+        stack.enter_context(hosts.failing_together())
         stopping = lambda: False  # noqa: E731
         if config.train.checkpoint_every >= 0:
             check_shared(workdir)
@@ -154,7 +154,7 @@ class _Run:
                     )
                     stack.callback(self._close_checkpoints)
                 # Before this process waits for the others, as closing does.
-                stack.enter_context(hosts.ending_all())
+                stack.enter_context(hosts.failing_together())
                 stack.push(lambda error, *_: self.journal.close(done=error is None))
                 stack.callback(self.profile.close)
                 self._begin(start_from)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from lm.config import Config
+from lm.config_file import load
 from lm.sweep import backends
+from lm.sweep.grid import in_order, plan
 from lm.sweep.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -35,14 +37,14 @@ def get_config():
 """
 
 
-def start(config_file, workdir, n, *more):
+def start(config_file, workdir, n, *more, command=("-m", "lm.sweep")):
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "lm.sweep", f"--config={config_file}", f"--workdir={workdir}"]
+    arguments = [f"--config={config_file}", f"--workdir={workdir}", *more]
     return [
         subprocess.Popen(
-            [*command, *more],
+            [sys.executable, *command, *arguments],
             env=os.environ
             | {
                 "LM_COORDINATOR": f"localhost:{port}",
@@ -94,6 +96,59 @@ def test_what_process_0_refuses_ends_all(config_file, tmp_path):
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert all("only 2 shapes" in text for text in said), said
+
+
+FAILING = """
+import os, sys
+from lm import command, hosts
+from lm.sweep import __main__ as sweep
+from lm.train import loop
+name, where, steps = sys.argv[1], sys.argv[2].split(), loop._Run._steps
+def failing(run):
+    if run.config.name == name and os.environ["LM_PROCESS"] in where:
+        raise MemoryError("no room")
+    return steps(run)
+loop._Run._steps, hosts.FAILING_SECONDS = failing, 3.0
+argv = ["lm.sweep", *sys.argv[3:]]
+sys.exit(command.run(sweep.main, sweep.FLAGS, sweep.__doc__, argv))
+"""
+
+
+def planned(config_file):
+    """The names of the runs, in their order."""
+    return [run.run_id for run in in_order(plan(load(str(config_file)), {}))]
+
+
+def failing(config_file, workdir, run_id, where):
+    command = "-c", FAILING, run_id, where
+    processes = start(config_file, workdir, 2, command=command)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_in_all_processes_is_told_and_the_others_are_trained(
+    config_file, tmp_path
+):
+    first, second = planned(config_file)
+    codes, said = failing(config_file, tmp_path / "out", first, "0 1")
+    assert codes == [1, 0], said
+    assert f"failed: {first}: MemoryError: no room" in said[0]
+    assert [row["run_id"] for row in rows(tmp_path / "out")] == [second]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_in_one_process_ends_all_and_is_tried_last_by_the_next_call(
+    config_file, tmp_path
+):
+    first, second = planned(config_file)
+    for done in ([], [second]):
+        codes, said = failing(config_file, tmp_path / "out", first, "1")
+        assert codes == [1, 1] and "): MemoryError: no room" in said[0], said
+        assert [row["run_id"] for row in rows(tmp_path / "out")] == done
+    leases = Store(tmp_path / "out").leases
+    leases.look()
+    assert leases.deaths(first) == 2 and "MemoryError: no room" in leases.last(first).reason
 
 
 def test_alone_nobody_is_waited_for(monkeypatch):
