@@ -8,8 +8,6 @@ Trains and tests what is missing, then writes ``results/``; ``--norun`` reads wh
 import csv
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,10 +19,12 @@ from experiments.emergence_trained import problems
 from experiments.emergence_trained.study import BYTES, WIDTHS
 from lm import command
 from lm.command import BadInput, write_atomically
+from lm.config_file import load
 from lm.evaluate import Scorer
 from lm.evaluate.tasks import Prompting, by_likelihood, by_writing
 from lm.scaling import TokenLossLaw, emergence_score, exact_match, sharpness, token_accuracy
 from lm.train.device import keep_compiled
+from lm.train.loop import train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -50,22 +50,18 @@ def runs() -> list[tuple[str, int, int]]:
     return [(c, int(w), s) for c in problems.CORPORA for s in SEEDS for w in FLAGS.widths]
 
 
-def train(workdir: Path) -> None:
-    """Every run that is missing, by lm.train's own resuming."""
-    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+def train_all(workdir: Path) -> None:
+    """Every run that is missing, each going on from its newest checkpoint."""
     for corpus in problems.CORPORA:
         if not (path := workdir / f"{corpus}.jsonl").exists():
             write_atomically(path, problems.as_file(corpus, 0, BYTES[corpus]))
+    programs: dict = {}
     for corpus, width, seed in runs():
-        folder = workdir / f"{corpus}_{width}-s{seed}"
-        if (folder / "result.json").exists():
-            continue
         settings = [f"data.files={workdir / corpus}.jsonl", f"data.data_dir={workdir / 'data'}",
                     f"train.seed={seed}", *FLAGS.override]  # fmt: skip
-        study = f"experiments/emergence_trained/study.py:{corpus}_{width}"
-        command_line = [sys.executable, "-m", "lm.train", f"--workdir={folder}"]
-        command_line += [f"--config={study}", *(f"--config.{setting}" for setting in settings)]
-        subprocess.run(command_line, check=True, cwd=HERE.parents[1], env=environment)
+        config = load(f"{HERE / 'study.py'}:{corpus}_{width}", settings)
+        folder = workdir / f"{corpus}_{width}-s{seed}"
+        print(folder.name, train(config, folder, programs=programs)["loss"], flush=True)
 
 
 def tested(scorer: Scorer, task: str, shots: int) -> dict:
@@ -275,7 +271,7 @@ def main() -> None:
     workdir, results = Path(FLAGS.workdir).resolve(), Path(FLAGS.results)
     keep_compiled()
     if FLAGS.run:
-        train(workdir)
+        train_all(workdir)
     rows = measured(workdir)
     write_atomically(results / "metrics.csv", as_csv(rows))
     write_atomically(results / "summary.json", json.dumps(summarise(rows), indent=1) + "\n")

@@ -9,8 +9,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,12 +32,14 @@ from experiments.rope_extrapolation.study import (
 from lm import command
 from lm.checkpoint import load_config, load_params
 from lm.command import BadInput, write_atomically
-from lm.config import DataConfig, RopeScalingConfig, from_config_dict
+from lm.config import RopeScalingConfig, from_config_dict
+from lm.config_file import load
 from lm.data import Batch, open_dataset, open_tokenizer
 from lm.evaluate import Scorer
 from lm.model import Decoder, head_cross_entropy, rotary
 from lm.sharding import make_mesh
 from lm.train.device import keep_compiled
+from lm.train.loop import train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -47,7 +47,7 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1)
 ROWS = 2  # windows that are computed at a time
-BIN_WIDTH = 1.05  # of positions, from one bin's start to the next
+BINS_PER_DOUBLING = 14  # of the position
 GENERATIONS, CHILDREN, PARENTS = 6, 16, 4  # of the search for LongRoPE's factors
 SEARCH_WINDOWS = 8
 
@@ -85,21 +85,17 @@ flags.DEFINE_string("results", str(HERE / "results"), "where results go", flag_v
 flags.DEFINE_multi_string("override", [], "of all runs, as train.tokens=1e5", flag_values=FLAGS)
 
 
-def train(workdir: Path) -> None:
-    """Every run that is missing, by lm.train's own resuming."""
-    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+def train_all(workdir: Path) -> None:
+    """Every run that is missing, each going on from its newest checkpoint."""
+    programs: dict = {}
     for kind in (*POSITIONS, *(f"tuned_{name}" for name in FINE_TUNES)):
         for seed in SEEDS:
-            folder = workdir / f"{kind}-s{seed}"
-            if (folder / "result.json").exists():
-                continue
             settings = [f"data.data_dir={FLAGS.data_dir}", f"train.seed={seed}", *FLAGS.override]
             if kind not in POSITIONS:
                 settings.append(f"train.init_from={workdir / f'rope-s{seed}'}")
-            command_line = [sys.executable, "-m", "lm.train", f"--workdir={folder}",
-                            f"--config=experiments/rope_extrapolation/study.py:{kind}",
-                            *(f"--config.{setting}" for setting in settings)]  # fmt: skip
-            subprocess.run(command_line, check=True, cwd=HERE.parents[1], env=environment)
+            config = load(f"{HERE / 'study.py'}:{kind}", settings)
+            folder = workdir / f"{kind}-s{seed}"
+            print(folder.name, train(config, folder, programs=programs)["loss"], flush=True)
 
 
 def section(kind: str, factors: list[float] | None = None) -> RopeScalingConfig:
@@ -128,14 +124,15 @@ def scorer(folder: Path, variant: Variant, factors: list[float]) -> Scorer:
     return Scorer(config, params, open_tokenizer(config.data), mesh)
 
 
-def windows(n: int, split: str) -> np.ndarray:
-    """Tokens of ``n`` windows of 2,048 and one more; of training text the first batch's."""
-    config = DataConfig(seq_len=WANTED, validation_tokens=n * WANTED, data_dir=FLAGS.data_dir)
-    dataset = open_dataset(config)
-    if split == "train":
-        batch = dataset.batch(0, 0, n)
-    else:
-        (batch,) = dataset.validation(n)
+def windows(folder: Path, n: int, split: str) -> np.ndarray:
+    """Tokens of ``n`` windows of 2,048 and one more, of the text of a run's folder.
+
+    Of training text those of the first batch of seed 0.
+    """
+    data = load_config(folder).data
+    data = dataclasses.replace(data, seq_len=WANTED, validation_tokens=n * WANTED)
+    dataset = open_dataset(data)
+    batch = dataset.batch(0, 0, n) if split == "train" else next(dataset.validation(n))
     return np.concatenate([batch.inputs_BT, batch.targets_BT[:, -1:]], 1)
 
 
@@ -156,7 +153,7 @@ def search(folder: Path) -> dict:
     width, base = config.model.head_width, config.model.rope_base
     ones = [1.0] * (width // 2)
     model = dataclasses.replace(config.model, rope_scaling=section("longrope", ones))
-    decoder, tokens_WT = Decoder(model, WANTED), windows(SEARCH_WINDOWS, "train")
+    decoder, tokens_WT = Decoder(model, WANTED), windows(folder, SEARCH_WINDOWS, "train")
 
     @jax.jit
     def total(frequency_h, params, tokens_BT):
@@ -210,8 +207,9 @@ def measured(workdir: Path) -> tuple[dict[str, list[np.ndarray]], dict]:
             if not path.exists():
                 if not FLAGS.run:
                     raise BadInput(f"{path} is missing: run without --norun first")
-                tokens_WT = windows(FLAGS.windows, "validation") if tokens_WT is None else tokens_WT
                 run = workdir / f"{variant.run}-s{seed}"
+                if tokens_WT is None:
+                    tokens_WT = windows(run, FLAGS.windows, "validation")
                 found = nats(scorer(run, variant, searched["factors"]), tokens_WT)
                 content = io.BytesIO()
                 np.save(content, found)
@@ -221,10 +219,10 @@ def measured(workdir: Path) -> tuple[dict[str, list[np.ndarray]], dict]:
 
 
 def bins() -> list[slice]:
-    """Positions, from 0, in bins of one and then of growing width."""
-    edges = np.unique(np.round(BIN_WIDTH ** np.arange(0, 200)).astype(int)) - 1
-    edges = [*edges[edges < WANTED], WANTED]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    """Positions, from 0, in bins of one and then of 5 %; every power of two ends one."""
+    stops = np.unique(np.round(2 ** (np.arange(200) / BINS_PER_DOUBLING)).astype(int))
+    stops = stops[stops <= WANTED].tolist()
+    return [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
 
 
 def mean_and_error(loss_WT: np.ndarray, part: slice) -> tuple[float, float]:
@@ -245,22 +243,17 @@ def draw(losses: dict[str, list[np.ndarray]], path: Path) -> None:
     colours = dict(zip(scalings, ("0.15", "C0", "C1", "C2", "C4", "C5", "0.6"), strict=True))
     colours |= {"sinusoidal": "C3", "learned": "C8", "tuned_none": colours["rope"]}
     colours |= {f"tuned_{name}": colours[name] for name in ("linear", "ntk", "yarn")}
+    at = np.array([(part.start + part.stop + 1) / 2 for part in bins()])
     for panel, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             loss_WT = np.mean(losses[name], 0)
-            at = [(part.start + part.stop + 1) / 2 for part in bins()]
             mean, error = np.array([mean_and_error(loss_WT, part) for part in bins()]).T
-            style = {"color": colours[name], "lw": 1.5 if name != "window" else 1.2}
-            beyond = "--" if name in ("learned", "window") else "-"
-            trained = np.array(at) <= TRAINED
-            first, second = (
-                (trained, ~trained) if name == "learned" else (trained * 0 > 1, trained < 2)
-            )
-            panel.plot(np.array(at)[first], mean[first], "-", **style)
-            panel.plot(np.array(at)[second], mean[second], beyond, label=NAMES[name], **style)
-            panel.fill_between(
-                at, mean - error, mean + error, color=colours[name], alpha=0.25, lw=0
-            )
+            solid = at <= (TRAINED if name == "learned" else WANTED * (name != "window"))
+            style = {"color": colours[name], "lw": 1.4}
+            panel.plot(at, np.where(solid, mean, np.nan), label=NAMES[name], **style)
+            if not solid.all():
+                panel.plot(at, np.where(solid, np.nan, mean), "--", **style)
+            panel.fill_between(at, mean - error, mean + error, alpha=0.25, lw=0, fc=colours[name])
         ends = [TRAINED] if "tune" not in title else [TRAINED, TUNED]
         for end in ends:
             panel.axvline(end, color="0.5", lw=0.8, ls=":")
@@ -311,7 +304,7 @@ def main() -> None:
     workdir, results = Path(FLAGS.workdir).resolve(), Path(FLAGS.results)
     keep_compiled()
     if FLAGS.run:
-        train(workdir)
+        train_all(workdir)
     losses, searched = measured(workdir)
     write_atomically(results / "by_position.csv", by_position(losses))
     write_atomically(results / "longrope.json", json.dumps(searched, indent=1) + "\n")
