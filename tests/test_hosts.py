@@ -79,8 +79,9 @@ def test_a_wrong_environment_is_refused(change, told):
 def test_alone_everything_is_as_without():
     with hosts.joined(), hosts.ending_all():
         assert hosts.is_first() and hosts.agree(lambda: 3) == 3
-    with pytest.raises(KeyError), hosts.joined(), hosts.ending_all():
-        raise KeyError
+    for within in (hosts.ending_all, hosts.failing_together):
+        with pytest.raises(KeyError), hosts.joined(), within():
+            raise KeyError
 
 
 @pytest.fixture(scope="module")
