@@ -381,6 +381,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest so many; with 1 a damaged one has none to stand in
     keep_every: int = 0  # and for ever those at multiples of so many steps (0: none)
     tensorboard: bool = True  # event files beside metrics.jsonl
+    init_from: str = ""  # a run's folder, or an imported one, whose parameters are the first
     track: str = ""  # what else gets them: wandb (extra `wandb`)
     seed: int = 0
 
@@ -388,7 +389,6 @@ class TrainConfig:
         _not_negative("train", self, "flops", "evaluate_every", "seed", "loss_chunk", "keep_every")
         if self.checkpoint_every < -1:
             raise BadInput(f"train.checkpoint_every = {self.checkpoint_every}: must be -1 or more")
-    init_from: str = ""  # a run's folder, or an imported one, whose parameters are the first
         _positive(
             "train",
             self,
