@@ -102,7 +102,7 @@ class JsonTokenizer:
         self.end_of_text = vocabulary[known[0]]
         encode = self._tokenizer.encode
         plain, whole = (encode("a", add_special_tokens=added).ids for added in (False, True))
-        self.prefix = tuple(whole[: whole.index(plain[0])])
+        self.prefix = tuple(whole[: whole.index(plain[0])]) if plain else ()
         self.path, self.content = path, content  # of the tokenizer.json
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:12]
         self.token_bytes = _token_bytes(json.loads(content), vocabulary, self.vocab_size)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from lm.checkpoint import load_config, load_params
 from lm.command import BadInput
-from lm.config import Config, MeshConfig, replace
+from lm.config import Config, MeshConfig, check_vocabulary, replace
 from lm.data import Batch, open_tokenizer
 from lm.data.tokenizers import Tokenizer
 from lm.generate.decode import Completion, Generator
@@ -86,7 +86,7 @@ class Scorer:
         max_length: int = 0,
         batch_tokens: int = 8_192,
     ):
-        check_tokenizer(config, tokenizer)
+        check_vocabulary(config, tokenizer.vocab_size)
         trained = config.data.seq_len
         self.max_length = max_length or trained
         if config.model.position == "learned" and self.max_length > trained:
@@ -112,7 +112,7 @@ class Scorer:
         """
         config = load_config(Path(workdir))
         tokenizer = open_tokenizer(config.data)
-        check_tokenizer(config, tokenizer)
+        check_vocabulary(config, tokenizer.vocab_size)
         model = config.mesh.model
         model = model if model > 0 and len(jax.devices()) % model == 0 else 1
         mesh = make_mesh(MeshConfig(data=-1, model=model))
@@ -315,15 +315,6 @@ class Scorer:
 
         judged = jax.lax.map(of_some, (split(x_BTD), split(batch.targets_BT)))
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, t), judged)
-
-
-def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ``BadInput`` where the tokenizer has ids that the embedding has no row for."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise BadInput(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the embedding"
-            f" {config.model.vocab_size} rows (model.vocab_size): must be at least as many"
-        )
 
 
 def _seed(seed: int, place: int) -> int:

@@ -56,8 +56,7 @@ def main() -> int | None:
 
     fields = [field.name for field in dataclasses.fields(Sampling)]
     sampling = Sampling(**{name: FLAGS[name].value for name in fields})
-    generator, tokenizer = _open(Generator, sampling)
-    prompts = [tokenizer.encode(prompt).tolist() for prompt in FLAGS.prompt]
+    generator, tokenizer, prompts = _open(Generator, sampling)
     rows = [prompt for prompt in prompts for _ in range(FLAGS.samples)]
     if len(rows) == 1 and not FLAGS.json and wanted is None:
         _print_growing(generator, tokenizer, rows[0])
@@ -76,27 +75,30 @@ def main() -> int | None:
 
 
 def _open(generator, sampling):
-    """The generator and the tokenizer of ``--workdir``, on all devices here."""
+    """The generator and the tokenizer of ``--workdir``, and the prompts' ids."""
     import jax
 
     from lm.checkpoint import load_config, load_params
-    from lm.config import MeshConfig
+    from lm.config import MeshConfig, check_vocabulary
     from lm.data import open_tokenizer
     from lm.sharding import make_mesh
 
     workdir = Path(FLAGS.workdir)
     config = load_config(workdir)
     tokenizer = open_tokenizer(config.data)
+    check_vocabulary(config, tokenizer.vocab_size)
+    prompts = [[*tokenizer.prefix, *tokenizer.encode(text).tolist()] for text in FLAGS.prompt]
     # A single row is no work for many: what the model axis does not take stays idle.
     here, wanted = jax.devices(), max(config.mesh.model, 1)
     n = max(k for k in range(1, min(wanted, len(here)) + 1) if wanted % k == 0)
     mesh = make_mesh(MeshConfig(data=1, model=n), here[:n])
-    longest = max(len(tokenizer.encode(prompt)) for prompt in FLAGS.prompt)
-    return generator(
+    longest = max(map(len, prompts))
+    opened = generator(
         *(config, load_params(workdir, config, mesh), longest + FLAGS.max_tokens, mesh, sampling),
         stop=FLAGS.stop or [tokenizer.end_of_text],
         cache_dtype=FLAGS.cache_dtype,
-    ), tokenizer
+    )
+    return opened, tokenizer, prompts
 
 
 def _print_growing(generator, tokenizer, prompt: list[int]) -> None:

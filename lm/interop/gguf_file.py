@@ -123,7 +123,15 @@ class GgufFile:
 
     def companions(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, made of the file's own vocabulary."""
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import (
+            AddedToken,
+            Regex,
+            Tokenizer,
+            decoders,
+            models,
+            pre_tokenizers,
+            processors,
+        )
 
         kind, cuts = self._get("tokenizer.ggml.model"), self._get("tokenizer.ggml.pre")
         one_of("the GGUF file's tokenizer", kind, ["gpt2"])
@@ -150,6 +158,13 @@ class GgufFile:
                 if type_ in (CONTROL, USER_DEFINED)
             ]
         )
+        # llama.cpp's own default, where the file does not say.
+        bos = self._get("tokenizer.ggml.bos_token_id")
+        starts = self._get("tokenizer.ggml.add_bos_token")
+        if bos is not None and (cuts == "llama-bpe" if starts is None else starts):
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
+            )
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
         for name in ("bos", "eos"):
             if (token := self._get(f"tokenizer.ggml.{name}_token_id")) is not None:

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from lm import command, hosts
 from lm.command import DONE, FAILED, PREEMPTED, BadInput
+from lm.config import check_vocabulary
 from lm.config_file import config_from_flags, define_config_flag
 from lm.sweep import grid
 from lm.sweep.backends import Inline, Processes, available_cores, follow
@@ -37,7 +38,6 @@ from lm.sweep.launch import Study, account, cannot_start, launch, refuse_more_wo
 from lm.sweep.store import Store
 from lm.train.display import duration
 from lm.train.metrics import check_trackers
-from lm.train.recipe import check_vocabulary
 
 FLAGS = flags.FlagValues()
 define_config_flag(FLAGS)

@@ -21,7 +21,7 @@ import numpy as np
 from lm import data, hosts
 from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, check_shared, claim, load_config
 from lm.command import BadInput, Preempted, write_atomically
-from lm.config import Config
+from lm.config import Config, check_vocabulary
 from lm.score import Score, score
 from lm.sharding import batch_shards, make_mesh
 from lm.train import clock
@@ -30,7 +30,7 @@ from lm.train.heartbeat import Heartbeat, read_heartbeat
 from lm.train.journal import Journal
 from lm.train.metrics import check_trackers
 from lm.train.profile import Profile
-from lm.train.recipe import Recipe, branch_step, check_vocabulary, resolve
+from lm.train.recipe import Recipe, branch_step, resolve
 from lm.train.result import result
 from lm.train.step import Metrics, Program, State
 

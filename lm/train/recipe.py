@@ -104,15 +104,6 @@ def resolve(config: Config, batch_shards: int = 1) -> Recipe:
     )
 
 
-def check_vocabulary(config: Config, tokenizers: int) -> None:
-    """Raises ``BadInput`` where the model has fewer ids than the tokenizer."""
-    if config.model.vocab_size < tokenizers:
-        raise BadInput(
-            f"model.vocab_size = {config.model.vocab_size}: must be at least the tokenizer's"
-            f" {tokenizers} ({config.data.tokenizer})"
-        )
-
-
 def branch_step(shorter: Config, longer: Config, batch_shards: int = 1) -> int:
     """The step from which the ``wsd`` run ``longer`` can continue ``shorter``: where that decays.
 

@@ -166,6 +166,22 @@ def test_sentencepiece_vocabulary_bytes(tmp_path):
     assert tokenizer.token_bytes.tolist() == [0, 0, 0, 1, 1, 3, 2]
 
 
+def test_what_stands_before_a_text(bpe, tmp_path):
+    """Llama's template has it, BERT's has something behind too; no document is encoded with it."""
+    from tokenizers import Tokenizer, processors
+
+    assert bpe.prefix == tokenizers.ByteTokenizer().prefix == ()
+    for single in ("<|endoftext|> $A", "<|endoftext|> $A the"):
+        inner = Tokenizer.from_str(bpe.content)
+        known = [(name, inner.token_to_id(name)) for name in ("<|endoftext|>", "the")]
+        assert None not in dict(known).values()
+        inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
+        inner.save(str(tmp_path / "tokenizer.json"))
+        found = tokenizers.JsonTokenizer(tmp_path / "tokenizer.json")
+        assert found.prefix == (found.end_of_text,)
+        assert found.encode("the").tolist() == bpe.encode("the").tolist()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "cannot be read"), ("{", "not a tokenizer.json"), ("{}", "not a tokenizer.json")],

@@ -194,7 +194,7 @@ def test_bad_pairs(bytewise, pairs, line):
 
 
 def test_a_tokenizer_beyond_the_embedding():
-    with pytest.raises(BadInput, match="tokenizer bytes has 257 ids, the embedding 200 rows"):
+    with pytest.raises(BadInput, match="model.vocab_size = 200: must be at least the tokenizer's 257"):
         made(replace(CONFIG, model={"vocab_size": 200}))
 
 

@@ -76,3 +76,21 @@ def test_bad_input_is_one_line(capsys, workdir, argv, line):
     code, told = run(capsys, workdir, *argv)
     assert code == 2 and line in told.err and len(told.err.splitlines()) == 1
     assert told.out == ""
+
+
+def test_what_a_tokenizer_puts_before_a_text_is_there(capsys, workdir, monkeypatch):
+    plain = run(capsys, workdir, "--prompt=he", "--max_tokens=8", "--json", "--temperature=0")
+    monkeypatch.setattr(ByteTokenizer, "prefix", tuple(b"the cat and t"))
+    started = run(capsys, workdir, "--prompt=he", "--max_tokens=8", "--json", "--temperature=0")
+    monkeypatch.undo()
+    given = ("--prompt=the cat and the", "--max_tokens=8", "--json", "--temperature=0")
+    whole = run(capsys, workdir, *given)
+    first, second, third = (json.loads(told.out) for _, told in (plain, started, whole))
+    assert second["log_probabilities"] == pytest.approx(third["log_probabilities"], abs=1e-5)
+    assert first["log_probabilities"] != pytest.approx(third["log_probabilities"], abs=1e-2)
+
+
+def test_a_tokenizer_beyond_the_embedding(capsys, workdir, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "vocab_size", 300)
+    code, told = run(capsys, workdir, "--prompt=a")
+    assert code == 2 and "model.vocab_size = 264: must be at least the tokenizer's 300" in told.err

@@ -142,6 +142,22 @@ def test_the_tokenizer_is_made_of_the_files_own_vocabulary(write, tmp_path, cuts
     assert b"{{ messages }}" in files["tokenizer_config.json"]
 
 
+@pytest.mark.parametrize(
+    "cuts, says, starts",
+    [("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True)]
+    + [("llama-bpe", False, False)],
+)
+def test_a_text_starts_as_the_file_says(write, tmp_path, monkeypatch, cuts, says, starts):
+    path, _, _ = write(cuts=cuts)
+    file, get = GgufFile(path), GgufFile._get
+    told = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": says}
+    monkeypatch.setattr(GgufFile, "_get", lambda self, key: told.get(key, get(self, key)))
+    (tmp_path / "tokenizer.json").write_bytes(file.companions()["tokenizer.json"])
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.prefix == ((0,) if starts else ())
+    assert tokenizer.decode(tokenizer.encode("the")) == "the"
+
+
 def test_digits_and_words_are_cut_as_the_file_says():
     cut = pre_tokenizers.Split(Regex(CUTS["llama-bpe"][0]), "isolated").pre_tokenize_str
     assert [piece for piece, _ in cut("I'LL pay 12345 now\n\n ok")] == [
