@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +154,20 @@ class Checkpoints:
       kept_step: the step whose state is kept for ever.
       newest: how many of the last states are kept. With one, there is none to fall back on.
       every: states of the multiples of this step are kept for ever, too (0: none).
+      period: a state is due at the multiples of this step (0: at none), and the newest of those is
+        kept to be rolled back to. States between them, of pre-empted runs, come and go.
 
     ``damaged`` tells the steps that were passed over, and why. Saving, waiting and closing raise
     ``OSError`` naming the folder where the disk is full; finished states are then as they were.
     """
 
     def __init__(
-        self, workdir: Path, kept_step: int | None = None, newest: int = 2, every: int = 0
+        self,
+        workdir: Path,
+        kept_step: int | None = None,
+        newest: int = 2,
+        every: int = 0,
+        period: int = 0,
     ):
         # Here, as it takes a second that a run without checkpoints saves.
         import orbax.checkpoint as ocp
@@ -168,7 +175,9 @@ class Checkpoints:
 
         self._ocp, self._folder = ocp, (workdir / "checkpoints").absolute()
         self.damaged: dict[int, str] = {}
+        self._is_due = lambda step: bool(period) and step % period == 0
         kept = [policies.LatestN(newest), policies.CustomSteps([kept_step])]
+        kept.append(_NewestOf(self._is_due))
         if every:
             kept.append(policies.EveryNSteps(every))
         logging.getLogger("absl").addFilter(_not_a_traceback_of_orbax)
@@ -196,6 +205,9 @@ class Checkpoints:
         with self._full_disk_told():
             for damaged in set(self.damaged) & set(self._manager.all_steps()):
                 self._manager.delete(damaged)
+            n_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+            if shutil.disk_usage(self._folder).free < n_bytes:  # before it is half written
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
             self._manager.save(step, args=composite)
 
     def check(self) -> None:
@@ -209,12 +221,24 @@ class Checkpoints:
 
         ``abstract`` gives shapes, dtypes and shardings.
         """
-        step = self._whole(step)
-        return None if step is None else self._read(step, abstract, meta=True)
+        found = self._whole(lambda at: step in (None, at))
+        return None if found is None else self._read(found, abstract, meta=True)
+
+    def roll_back(self, abstract: Any) -> tuple[Any, dict] | None:
+        """``restore`` of the newest state that was due; those after it are removed.
+
+        Which one that is does not depend on when the run was interrupted.
+        """
+        step = self._whole(self._is_due)
+        if step is None:
+            return None
+        for later in [at for at in self._manager.all_steps() if at > step]:
+            self._manager.delete(later)
+        return self._read(step, abstract, meta=True)
 
     def restore_params(self, abstract: Any) -> Any:
         """The parameters alone of the newest whole state, or None where there is none."""
-        step = self._whole(None)
+        step = self._whole(lambda at: True)
         return None if step is None else self._read(step, {"params": abstract})[0]["params"]
 
     def close(self) -> None:
@@ -223,15 +247,15 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
 
-    def _whole(self, step: int | None) -> int | None:
-        """``step``, or the newest one, if its files agree with their checksums."""
+    def _whole(self, wanted: Callable[[int], bool]) -> int | None:
+        """The newest step that is ``wanted`` and whose files agree with their checksums."""
         with self._full_disk_told():
             self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps())
 
         def choose() -> list:
             damaged = {}
-            for at in reversed(steps) if step is None else {step}.intersection(steps):
+            for at in filter(wanted, reversed(steps)):
                 reason = checksums.fault(self._folder / str(at))
                 if reason is None:
                     return [at, damaged]
@@ -263,6 +287,17 @@ class Checkpoints:
                 if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
                     raise OSError(code, os.strerror(code), str(self._folder)) from error
             raise
+
+
+class _NewestOf:
+    """A preservation policy of Orbax: keeps the newest of the steps that are ``wanted``."""
+
+    def __init__(self, wanted: Callable[[int], bool]):
+        self._wanted = wanted
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        newest = max((each.step for each in checkpoints if self._wanted(each.step)), default=None)
+        return [each.step == newest for each in checkpoints]
 
 
 def _temporary_path(ocp) -> type:

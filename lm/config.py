@@ -380,6 +380,13 @@ class TrainConfig:
     checkpoint_every: int = 0  # optimizer steps between checkpoints (0: at the end only, -1: none)
     keep_checkpoints: int = 2  # the newest so many; with 1 a damaged one has none to stand in
     keep_every: int = 0  # and for ever those at multiples of so many steps (0: none)
+    # Steps whose loss or gradient is not finite are skipped. After so many in a row the run goes
+    # back to the last checkpoint that was due, with its rate times rollback_rate, and after so many
+    # rollbacks ends as diverged (without checkpoints: the first time)
+    skips_before_rollback: int = 5
+    rollbacks: int = 3
+    rollback_rate: float = 0.5
+    spike_deviations: float = 6.0  # of a loss above the last ones' mean, told as a spike (0: none)
     tensorboard: bool = True  # event files beside metrics.jsonl
     init_from: str = ""  # a run's folder, or an imported one, whose parameters are the first
     track: str = ""  # what else gets them: wandb (extra `wandb`)
@@ -387,6 +394,7 @@ class TrainConfig:
 
     def __post_init__(self):
         _not_negative("train", self, "flops", "evaluate_every", "seed", "loss_chunk", "keep_every")
+        _not_negative("train", self, "rollbacks", "spike_deviations")
         if self.checkpoint_every < -1:
             raise BadInput(f"train.checkpoint_every = {self.checkpoint_every}: must be -1 or more")
         _positive(
@@ -398,7 +406,10 @@ class TrainConfig:
             "steps_per_dispatch",
             "log_every",
             "keep_checkpoints",
+            "skips_before_rollback",
         )
+        if not 0 < self.rollback_rate <= 1:
+            raise BadInput(f"train.rollback_rate = {self.rollback_rate}: must lie in (0, 1]")
         one_of("train.batch_rule", self.batch_rule, RULES_BATCH)
         one_of("train.flops_convention", self.flops_convention, FLOPS_CONVENTIONS)
         if self.seed >= 2**32:
@@ -609,6 +620,15 @@ def differences(old: Any, new: Any, path: str = "config"):
         yield f"{path}: {old!r} -> {new!r}"
 
 
+def check_vocabulary(config: Config, tokenizers: int) -> None:
+    """Raises ``BadInput`` where the model has fewer ids than the tokenizer."""
+    if config.model.vocab_size < tokenizers:
+        raise BadInput(
+            f"model.vocab_size = {config.model.vocab_size}: must be at least the tokenizer's"
+            f" {tokenizers} ({config.data.tokenizer})"
+        )
+
+
 def replace(config: Config, **sections: Any) -> Config:
     """A copy with some settings changed: ``replace(config, model={"d_model": 32}, name="small")``.
 
@@ -620,12 +640,3 @@ def replace(config: Config, **sections: Any) -> Config:
             values = {**changed[section].to_dict(), **values}
         changed[section] = values
     return from_config_dict(changed)
-def check_vocabulary(config: Config, tokenizers: int) -> None:
-    """Raises ``BadInput`` where the model has fewer ids than the tokenizer."""
-    if config.model.vocab_size < tokenizers:
-        raise BadInput(
-            f"model.vocab_size = {config.model.vocab_size}: must be at least the tokenizer's"
-            f" {tokenizers} ({config.data.tokenizer})"
-        )
-
-

@@ -1,6 +1,7 @@
-"""What a run tells of its steps while it trains: the lines of its log."""
+"""What a run tells of its steps while it trains: the lines of its log, and its events."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +10,89 @@ from lm.config import Config
 from lm.score import Score
 from lm.train.clock import Clock, goodput
 from lm.train.device import memory_bytes, peak_flops
+from lm.train.events import EventLog
 from lm.train.experts import ExpertWatch
 from lm.train.metrics import MetricsLog
 from lm.train.recipe import Recipe
+from lm.train.spikes import Spikes
 from lm.train.step import Metrics
 
 
 class Journal:
-    """Takes in the metrics of every step, in order. Process 0 writes; all others only follow."""
+    """Takes in the metrics of every step, in order. Process 0 writes; all others only follow.
 
-    def __init__(self, config: Config, recipe: Recipe, workdir: Path, clock: Clock):
-        self.config, self.recipe, self.workdir, self.clock = config, recipe, workdir, clock
+    Args:
+      blame: the documents that made a step (from 0) go bad.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        recipe: Recipe,
+        workdir: Path,
+        clock: Clock,
+        blame: Callable[[int], list[dict[str, Any]]],
+    ):
+        self.config, self.recipe, self.workdir = config, recipe, workdir
+        self.clock, self.blame = clock, blame
         self.unlogged: list[float] = []  # losses since the last line of the log
+        self.spikes = Spikes(config.train.spike_deviations)
         self.experts = ExpertWatch(config.model) if config.model.moe.n_experts else None
+        self.n_events = 0
         self._log: MetricsLog | None = None
+        self._events: EventLog | None = None
 
     def open(self, step: int, carried: dict[str, Any]) -> None:
         """Goes on from ``step``, with what ``carried`` gave there; what was told beyond is gone."""
-        self.unlogged = list(carried.get("unlogged", ()))
+        self.n_events = carried.get("events", 0)
+        self._take_up(carried)
         if hosts.is_first():
+            self._log = MetricsLog.of(self.config, self.workdir, step)
+            self._events = EventLog(self.workdir, self.n_events)
+
+    def roll_back(self, step: int, carried: dict[str, Any]) -> None:
+        """As ``open``, but that events stay."""
+        self._take_up(carried)
+        if self._log:
+            self._log.close(done=False)
             self._log = MetricsLog.of(self.config, self.workdir, step)
 
     def carried(self) -> dict[str, Any]:
         """What a checkpoint has to keep, so that a resumed run tells the same."""
-        return {"unlogged": list(self.unlogged)}
+        spikes = self.spikes.carried()
+        return {"unlogged": list(self.unlogged), "spikes": spikes, "events": self.n_events}
+
+    def _take_up(self, carried: dict[str, Any]) -> None:
+        self.unlogged = list(carried.get("unlogged", ()))
+        if "spikes" in carried:
+            self.spikes = Spikes(self.config.train.spike_deviations, carried["spikes"])
+
+    def event(self, step: int, event: str, **values: Any) -> None:
+        """Tells one event; its kinds are those of ``lm.train.events``."""
+        self.n_events += 1
+        if self._events:
+            self._events.write({"step": step, "event": event, **values})
 
     def take(
         self, step: int, metrics: Metrics, n: int, seconds: float, validation: Score | None
     ) -> None:
         """The ``n`` steps after ``step``, which took ``seconds``.
 
-        Losses in the log are means since its last line. ``validation`` is of the last step.
+        Losses in the log are means since its last line, of the steps that were not skipped.
+        ``validation`` is of the last step.
         """
         recipe, every = self.recipe, self.config.train.log_every
         rate = n * recipe.batch_tokens / seconds
         for i in range(n):
-            at = step + i + 1
-            self.unlogged.append(float(metrics.loss[i]))
-            if self.experts:
-                self.experts.see(metrics.routing, i)
+            at, loss = step + i + 1, float(metrics.loss[i])
+            if metrics.skipped[i]:
+                norm = float(metrics.gradient_norm[i])
+                documents = self.blame(at - 1)
+                self.event(at, "skipped", loss=loss, gradient_norm=norm, documents=documents)
+            else:
+                self._see(at, loss)
+                if self.experts:
+                    self.experts.see(metrics.routing, i)
             scored = validation if i == n - 1 else None
             if at % every and at != recipe.n_steps and not scored:
                 continue
@@ -56,7 +101,7 @@ class Journal:
                 "step": at,
                 "tokens": tokens,
                 "flops": tokens * recipe.flops_per_token,
-                "train_loss": math.fsum(self.unlogged) / len(self.unlogged),
+                "train_loss": _mean(self.unlogged),
                 "gradient_norm": float(metrics.gradient_norm[i]),
                 "learning_rate": float(metrics.learning_rate[i]),
                 "tokens_per_second": rate,
@@ -76,6 +121,12 @@ class Journal:
                 self._log.write(line)
         self.flush()
 
+    def _see(self, step: int, loss: float) -> None:
+        self.unlogged.append(loss)
+        if (expected := self.spikes.see(loss)) is not None:
+            documents = self.blame(step - 1)
+            self.event(step, "spike", loss=loss, expected=expected, documents=documents)
+
     def flush(self, to_disk: bool = False) -> None:
         """Shows to others what was told; ``to_disk`` waits until the disk has it."""
         if self._log:
@@ -85,3 +136,7 @@ class Journal:
         """``done``: the run has ended, and not been interrupted."""
         if self._log:
             self._log.close(done)
+
+
+def _mean(losses: list[float]) -> float:
+    return math.fsum(losses) / len(losses) if losses else math.nan

@@ -3,6 +3,10 @@
 The host is one dispatch ahead of what it knows: while the devices compute the steps of one, it
 reads the metrics of the one before, unless something needs the state between the two (an
 evaluation, a checkpoint, the end).
+
+A step whose loss or gradient is not finite leaves the state as it was. After several in a row the
+run goes back to the last checkpoint that was due, and on at a lower rate. All of that follows from
+the state and the batches, so that an interrupted run does the same.
 """
 
 import collections
@@ -24,7 +28,8 @@ from lm.command import BadInput, Preempted, write_atomically
 from lm.config import Config, check_vocabulary
 from lm.score import Score, score
 from lm.sharding import batch_shards, make_mesh
-from lm.train import clock
+from lm.train import clock, start
+from lm.train.blame import worst_documents
 from lm.train.device import peak_flops
 from lm.train.heartbeat import Heartbeat, read_heartbeat
 from lm.train.journal import Journal
@@ -91,6 +96,8 @@ def train(
     dataset = dataset or data.open_dataset(config.data)
     check_vocabulary(config, dataset.vocab_size)
     check_trackers(config.train)
+    if config.train.init_from and not (workdir / "checkpoints").exists():
+        start.check(config, dataset.tokenizer)
     profile = Profile(workdir, profile)
     profile.check(0, recipe.n_steps)
     programs = {} if programs is None else programs
@@ -131,9 +138,11 @@ class _Run:
         self.progress, self.stopping, self.profile = hooks
         self.rows = program.rows(recipe.sequences)
         self.clock = program.clock = clock.Clock(read_heartbeat(workdir).get("seconds", {}))
-        self.journal = Journal(config, recipe, workdir, self.clock)
+        self.journal = Journal(config, recipe, workdir, self.clock, self._blame)
         self.told: Progress | None = None
-        self.last_score: Score | None = None
+        self.scored: tuple[int, Score] | None = None  # the last good evaluation, and its step
+        self.skips = 0  # in a row, up to the newest step that was read
+        self.rollbacks = 0
         self.checkpoints: Checkpoints | None = None
         # After the newest dispatch: the state, the steps done, and the batches that come next.
         self.state: State | None = None
@@ -150,7 +159,8 @@ class _Run:
                 if self.config.train.checkpoint_every >= 0:
                     train, kept_step = self.config.train, self.recipe.branch_step
                     self.checkpoints = Checkpoints(
-                        self.workdir, kept_step, train.keep_checkpoints, train.keep_every
+                        *(self.workdir, kept_step, train.keep_checkpoints, train.keep_every),
+                        period=train.checkpoint_every,
                     )
                     stack.callback(self._close_checkpoints)
                 # Before this process waits for the others, as closing does.
@@ -161,12 +171,12 @@ class _Run:
             with self.clock.on(clock.STEP):
                 status = self._steps()
                 if status == "stopped":
-                    if self._read(0):
+                    if not self._read(0):
                         self._save()
                     return None
         found = result(
             *(self.config, self.recipe, self.dataset),
-            *(status, self.step, self.last_score, self.clock.seconds()),
+            *(status, self.step, self.scored, self.clock.seconds()),
         )
         if hosts.is_first():
             write_atomically(self.workdir / "result.json", json.dumps(found, indent=1))
@@ -180,9 +190,16 @@ class _Run:
             if self.checkpoints:
                 self.checkpoints.check()
             self._dispatch()
-            if not self._read(unread=0 if self._is_stop(self.step) else 1):
+            trouble = self._read(unread=0 if self._is_stop(self.step) else 1)
+            if trouble and not self._roll_back(trouble):
                 return "diverged"
-            if self._saves_at(self.step):
+            always = self.recipe.n_steps, self.recipe.branch_step
+            # To be gone back to, a state must be one that took its last step.
+            if (
+                not trouble
+                and self._saves_at(self.step)
+                and (not self.skips or self.step in always)
+            ):
                 self._save()
         return "done"
 
@@ -190,38 +207,82 @@ class _Run:
         """Starts the steps up to the next stop; reads the batches after them meanwhile."""
         if not self.flights:
             self._start_lap()
-        end = self._next_stop(self.step)
+        end, schedule = self._next_stop(self.step), self.recipe.schedule
+        schedule = schedule._replace(peak=schedule.peak * self._rate_factor())
         self.profile.before(self.step, self.state)
         self.state, metrics = self.program.train(
-            self.state, self.batches, end - self.step, self.recipe.schedule
+            self.state, self.batches, end - self.step, schedule
         )
         self.flights.append(_Flight(self.step, end, metrics))
         self.step = end
         self.profile.after(self.step, self.state)
         self._read_batches()
 
-    def _read(self, unread: int) -> bool:
+    def _rate_factor(self) -> float:
+        return self.config.train.rollback_rate**self.rollbacks
+
+    def _read(self, unread: int) -> str:
         """Takes in what the dispatches in flight did, but for the last ``unread`` of them.
 
-        False where a loss is not finite.
+        Returns why the run cannot go on from the last step that it took in, or "".
         """
         while len(self.flights) > unread:
             flight = self.flights.popleft()
             metrics = jax.device_get(flight.metrics)
             seconds, n = self._lap(), flight.end - flight.start
-            finite = bool(np.all(np.isfinite(metrics.loss[:n])))
-            validation = None
-            if finite and self._due(flight.end, self.config.train.evaluate_every):
-                validation = self._evaluate()
-                finite = math.isfinite(validation.loss)
+            trouble, validation, rate = "", None, n / seconds
+            if taken := self._too_many_skips(metrics.skipped[:n]):
+                trouble, n = f"{self.skips} steps in a row were skipped", taken
+            elif self._due(flight.end, self.config.train.evaluate_every):
+                validation = self._evaluate(flight.end)
+                if not math.isfinite(validation.loss):
+                    trouble = "the validation loss is not finite"
             busy = clock.STEP if self.flights else clock.OTHER
             with self.clock.on(busy):
-                self.journal.take(flight.start, metrics, n, seconds, validation)
-                if not finite:
-                    self.step = flight.end
-                    return False
+                self.journal.take(flight.start, metrics, n, n / rate, validation)
+                if trouble:
+                    self.step = flight.start + n
+                    return trouble
                 scored = validation.loss if validation else None
-                self._tell(flight.end, float(metrics.loss[n - 1]), scored, n / seconds)
+                self._tell(flight.end, float(metrics.loss[n - 1]), scored, rate)
+        return ""
+
+    def _too_many_skips(self, skipped: np.ndarray) -> int:
+        """After how many of these steps the skips in a row are too many; 0: they are not."""
+        for i, skip in enumerate(skipped):
+            self.skips = self.skips + 1 if skip else 0
+            if self.skips == self.config.train.skips_before_rollback:
+                return i + 1
+        return 0
+
+    def _blame(self, step: int) -> list[dict[str, Any]]:
+        """The worst documents of a batch; the state may be of some steps further on."""
+        of_batch = self.dataset, self.config.train.seed, step, self.recipe.sequences
+        return worst_documents(self.program, self.state.params, *of_batch)
+
+    def _roll_back(self, trouble: str) -> bool:
+        """Goes back to the last checkpoint that was due, and on at a lower rate.
+
+        False where there is none, or it was done too often: the run has diverged.
+        """
+        self.flights.clear()
+        self.state, found = None, None  # no two states at a time
+        if self.checkpoints and self.rollbacks < self.config.train.rollbacks:
+            with self.clock.on(clock.START):
+                found = self.checkpoints.roll_back(self._abstract_state())
+        if not found:
+            self.journal.event(self.step, "diverged", reason=trouble)
+            return False
+        state, meta = found
+        self.rollbacks += 1
+        self.skips = 0
+        self.journal.event(
+            *(self.step, "rollback"),
+            **{"reason": trouble, "to": int(state.step), "rate_factor": self._rate_factor()},
+        )
+        self.clock.roll_back(meta["seconds"])
+        self.journal.roll_back(int(state.step), meta)
+        self._take_up(state, meta)
         return True
 
     def _tell(self, step: int, loss: float, scored: float | None, steps_per_second: float) -> None:
@@ -248,7 +309,7 @@ class _Run:
 
     def _begin(self, start_from: str | Path | None) -> None:
         """From the newest checkpoint of this run, else of ``start_from``, else a fresh state."""
-        abstract = abstract_like(self.program.abstract_state, self.program.state_sharding)
+        abstract = self._abstract_state()
         found = self.checkpoints.restore(abstract) if self.checkpoints else None
         if found:
             self._go_on(*found)
@@ -265,17 +326,32 @@ class _Run:
             if not checkpoints.damaged:
                 raise BadInput(f"{start_from}: holds no checkpoint of step {at} to branch from")
         # Also where all checkpoints are damaged: it costs time, and ends with the same numbers.
-        self._go_on(self.program.init(self.config.train.seed), {})
+        state = self.program.init(self.config.train.seed)
+        if self.config.train.init_from:
+            params = start.params(self.config, self.program.mesh, state.params)
+            state = state._replace(params=params)
+        self._go_on(state, {})
+
+    def _abstract_state(self) -> State:
+        return abstract_like(self.program.abstract_state, self.program.state_sharding)
 
     def _go_on(self, state: State, meta: dict) -> None:
-        """From ``state``, with the ``meta`` that was saved beside it."""
-        self.state, self.step = state, int(state.step)
-        self.began = self.step
-        self.profile.check(self.step, self.recipe.n_steps)
+        """Begins with ``state``, and the ``meta`` that was saved beside it."""
+        self.began = int(state.step)
+        self.profile.check(self.began, self.recipe.n_steps)
         self.clock.go_on(meta.get("seconds", {}))
+        self.skips, self.rollbacks = meta.get("skips", 0), meta.get("rollbacks", 0)
+        self.journal.open(self.began, meta)
+        damaged = self.checkpoints.damaged if self.checkpoints else {}
+        for at, reason in sorted(damaged.items()):
+            self.journal.event(self.began, "damaged_checkpoint", checkpoint=at, reason=reason)
+        self._take_up(state, meta)
+
+    def _take_up(self, state: State, meta: dict) -> None:
+        self.state, self.step = state, int(state.step)
+        self.began = min(self.began, self.step)
         if validation := meta.get("validation"):
-            self.last_score = Score(**validation)
-        self.journal.open(self.step, meta)
+            self.scored = meta["validation_step"], Score(**validation)
         self._read_batches()
 
     def _read_batches(self) -> None:
@@ -317,18 +393,20 @@ class _Run:
     def _due(self, step: int, every: int) -> bool:
         return step == self.recipe.n_steps and every >= 0 or every > 0 and step % every == 0
 
-    def _evaluate(self) -> Score:
-        """The validation score of the state."""
+    def _evaluate(self, step: int) -> Score:
+        """The validation score of the state, which is of ``step``."""
         micro = self.config.train.accumulation if self.program.mesh.shape["stage"] > 1 else 1
         sequences = math.lcm(EVALUATION_SEQUENCES, micro * batch_shards(self.program.mesh))
         validation = self.dataset.validation(sequences, self.program.rows(sequences))
         with self.clock.on(clock.EVALUATE):
-            self.last_score = score(
+            found = score(
                 lambda batch: self.program.nats(self.state.params, batch),
                 map(self.program.put, validation),
                 self.dataset.token_bytes,
             )
-        return self.last_score
+        if math.isfinite(found.loss):
+            self.scored = step, found
+        return found
 
     def _save(self) -> None:
         """Starts a checkpoint of the state."""
@@ -337,7 +415,10 @@ class _Run:
             meta = {
                 "schema": SCHEMA,
                 "seconds": self.clock.seconds(),
-                "validation": vars(self.last_score) if self.last_score else None,
+                "validation": vars(self.scored[1]) if self.scored else None,
+                "validation_step": self.scored[0] if self.scored else None,
+                "skips": self.skips,
+                "rollbacks": self.rollbacks,
                 **self.journal.carried(),
             }
             self.checkpoints.save(self.step, self.state, meta)

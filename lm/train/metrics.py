@@ -151,7 +151,11 @@ def _scalars(line: dict) -> Iterator[tuple[str, float | None]]:
 
 def read_metrics(workdir: Path) -> list[dict]:
     """The whole lines of a run's log; a line torn by a kill is left out."""
-    path = workdir / "metrics.jsonl"
+    return read_lines(workdir / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Of a file with one object a line, those before the first that is torn."""
     lines = path.read_text().splitlines() if path.exists() else []
     whole = []
     for line in lines:

@@ -17,13 +17,18 @@ def result(
     dataset: data.Dataset,
     status: str,
     step: int,
-    score: Score | None,
+    scored: tuple[int, Score] | None,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Of a run that is ``done`` or ``diverged`` after ``step`` steps, with its last ``score``."""
+    """Of a run that is ``done`` or ``diverged`` after ``step`` steps.
+
+    ``scored``: its last good evaluation, and the step of that. A diverged run has no ``loss``, and
+    tells this as ``last_good_loss``.
+    """
     count = arithmetic.parameters(config.model, config.data.seq_len)
     tokens = step * recipe.batch_tokens
-    found = score if status == "done" else None
+    at, last = scored or (None, None)
+    found, last_good = (last, {}) if status == "done" else (None, _last_good(at, last))
     return {
         "schema": SCHEMA,
         "status": status,
@@ -49,4 +54,14 @@ def result(
         "goodput": goodput(seconds),
         "memory_bytes": memory_bytes(),
         "device": description(),
+        **last_good,
+    }
+
+
+def _last_good(step: int | None, score: Score | None) -> dict[str, Any]:
+    return {
+        "last_good_step": step,
+        "last_good_loss": score.loss if score else None,
+        "last_good_bits_per_byte": score.bits_per_byte if score else None,
+        "last_good_perplexity": score.perplexity if score else None,
     }

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lm import hosts
 from lm.config import Config
 from lm.data import Batch
-from lm.model import Decoder, choose_kernel, head_cross_entropy
+from lm.model import Decoder, choose_kernel, head_cross_entropy, lora
 from lm.model.moe import Routing, auxiliary_loss, no_routing, shift_balance_bias
 from lm.sharding import batch_shards, held, lay, layout, named_sharding, placed, stored_shardings
 from lm.train import pipeline
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
     step: jax.Array  # int32, optimizer steps done
     params: Any
-    moments: Any  # optax's state
+    moments: Any  # optax's state, of the parameters that are trained
 
 
 class Metrics(NamedTuple):
@@ -37,6 +37,7 @@ class Metrics(NamedTuple):
     loss: jax.Array  # nats a token: cross-entropy alone
     gradient_norm: jax.Array  # before clipping
     learning_rate: jax.Array
+    skipped: jax.Array  # bool: loss or gradient was not finite, and the state stayed as it was
     routing: Routing | None  # of the layers with experts; the mean over micro-batches
 
 
@@ -72,8 +73,9 @@ class Program:
             stored_shardings(boxed.params, mesh, self.layout.params),
             stored_shardings(boxed.moments, mesh, self.layout.moments),
         )
-        self.gradient_sharding = stored_shardings(boxed.params, mesh, self.layout.gradients)
-        self.moment_sharding = stored_shardings(boxed.params, mesh, self.layout.moments)
+        trained = lora.trained(boxed.params, m.lora)
+        self.gradient_sharding = stored_shardings(trained, mesh, self.layout.gradients)
+        self.moment_sharding = stored_shardings(trained, mesh, self.layout.moments)
         # Run once and 0.1 s long, so LLVM's optimiser would cost more than it saves.
         on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
         self._run_init = self._compile(
@@ -85,6 +87,7 @@ class Program:
         self._train_options = {"donate_argnums": 0, "out_shardings": outputs}
         self._run_train = self._compile(self._train, **self._train_options)
         self._run_nats = self._compile(self._nats, out_shardings=everywhere)
+        self._run_token_nats = self._compile(self._token_nats, out_shardings=everywhere)
 
     @staticmethod
     def key(config: Config) -> tuple:
@@ -115,7 +118,8 @@ class Program:
 
     def _init(self, key: jax.Array) -> State:
         params = self.decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+        moments = self.optimizer.init(lora.trained(params, self.config.model.lora))
+        return State(jnp.zeros((), jnp.int32), params, moments)
 
     def init(self, seed: int) -> State:
         """The state before the first step, born sharded."""
@@ -174,6 +178,20 @@ class Program:
         """The sum of nats over a batch that ``put`` gave."""
         return self._run_nats(params, batch)
 
+    def token_nats(self, params: Any, batch: Batch) -> jax.Array:
+        """The nats of each target of a batch that ``put`` gave, times its weight; (B, T)."""
+        return self._run_token_nats(params, batch)
+
+    def _token_nats(self, params, batch: Batch) -> jax.Array:
+        # The sum's derivative by their weights, whatever mesh, chunks or stages it is summed in.
+        weights_BT = batch.weights_BT
+        if weights_BT is None:
+            weights_BT = jnp.ones(batch.targets_BT.shape)
+        nats = jax.grad(
+            lambda weights_BT: self._nats(params, batch._replace(weights_BT=weights_BT))
+        )
+        return weights_BT * nats(weights_BT)
+
     def _nats(self, params, batch: Batch) -> jax.Array:
         return self._nats_and_routing(params, batch, None)[0]
 
@@ -198,12 +216,15 @@ class Program:
         """Pins where a tree of the step lies; nothing to pin on one device."""
         return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings)
 
-    def _mean_gradient(self, params, batch: Batch, key) -> tuple[jax.Array, Routing | None, Any]:
+    def _mean_gradient(self, state: State, batch: Batch) -> tuple[jax.Array, Routing | None, Any]:
         """Nats a token, the routing, and the gradient of both losses.
 
         Nats are summed over micro-batches and divided once by the count of tokens; what routing is
         charged for is the mean over micro-batches of what each one's statistics say.
         """
+        params, moe, key = state.params, self.config.model.moe, None
+        if moe.n_experts and moe.jitter:  # of the step alone, so that a resumed run has the same
+            key = jax.random.fold_in(jax.random.key(0), state.step)
         # A pipeline has its micro-batches inside.
         n = 1 if self.mesh.shape["stage"] > 1 else self.config.train.accumulation
         count = (
@@ -212,46 +233,56 @@ class Program:
             else jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
         )
 
-        def objective(params, batch, key):
-            nats, routing = self._nats_and_routing(params, batch, key)
+        def objective(trained, batch, key):
+            nats, routing = self._nats_and_routing(lora.whole(params, trained), batch, key)
             loss, routing = nats / count, jax.tree.map(lambda x: x / n, routing)
-            return loss + auxiliary_loss(self.config.model.moe, routing), (loss, routing)
+            return loss + auxiliary_loss(moe, routing), (loss, routing)
 
         gradient_of = jax.grad(objective, has_aux=True)
+        trained = lora.trained(params, self.config.model.lora)
         if n == 1:
-            gradient, (loss, routing) = gradient_of(params, batch, key)
+            gradient, (loss, routing) = gradient_of(trained, batch, key)
             return loss, routing, gradient
 
         def add(total, micro):
-            gradient, aux = gradient_of(params, *micro)
+            gradient, aux = gradient_of(trained, *micro)
             total, gradient = jax.tree.map(jnp.add, total, (aux, gradient))
             return (total, self._lay(gradient, self.gradient_sharding)), None
 
-        zero = (jnp.float32(0), no_routing(self.config.model)), jax.tree.map(jnp.zeros_like, params)
+        zero = (
+            (jnp.float32(0), no_routing(self.config.model)),
+            jax.tree.map(jnp.zeros_like, trained),
+        )
         keys = None if key is None else jax.random.split(key, n)
         micro = pipeline.micro_batches(batch, n), keys
         ((loss, routing), gradient), _ = jax.lax.scan(add, zero, micro)
         return loss, routing, gradient
 
     def _step(self, state: State, batch: Batch, schedule: Schedule) -> tuple[State, Metrics]:
-        config = self.config.optimizer
+        config, moe = self.config.optimizer, self.config.model.moe
         # At the start too: XLA would else keep the parameters as the loop's last operation left
         # them, split as the optimizer's state, and gather each layer's in every pass.
         state = self._lay(state, self.state_sharding)
-        moe, key = self.config.model.moe, None
-        if moe.n_experts and moe.jitter:  # of the step alone, so that a resumed run has the same
-            key = jax.random.fold_in(jax.random.key(0), state.step)
-        loss, routing, gradient = self._mean_gradient(state.params, batch, key)
+        loss, routing, gradient = self._mean_gradient(state, batch)
         # From ZeRO's first stage on, a device updates its part of the optimizer's state alone.
         gradient = self._lay(gradient, self.moment_sharding)
-        direction, moments = self.optimizer.update(gradient, state.moments, state.params)
+        trained = lora.trained(state.params, self.config.model.lora)
+        direction, moments = self.optimizer.update(gradient, state.moments, trained)
         rate = learning_rate(schedule, state.step, config.schedule)
-        params = apply_updates(
-            state.params, direction, rate, schedule.matrix_scale, config.weight_decay
+        trained = apply_updates(
+            trained, direction, rate, schedule.matrix_scale, config.weight_decay
         )
-        if moe.n_experts and moe.bias_rate:
+        params = lora.whole(state.params, trained)
+        if moe.n_experts and moe.bias_rate and not self.config.model.lora.rank:
             params = shift_balance_bias(self.config.model, params, routing.load_E)
-        metrics = Metrics(loss, optax.tree.norm(gradient), rate, routing)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        # Within the update's own pass over the state, which so costs nothing more.
+        params, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            *((params, moments), (state.params, state.moments)),
+        )
+        metrics = Metrics(loss, norm, rate, ~finite, routing)
         return self._lay(State(state.step + 1, params, moments), self.state_sharding), metrics
 
     def _train(self, state: State, batches: Batch, n_steps: jax.Array, schedule: Schedule):
@@ -263,7 +294,8 @@ class Program:
             state, new = self._step(state, batch, schedule)
             return state, jax.tree.map(lambda m, x: m.at[i].set(x), metrics, new)
 
-        zeros = (jnp.zeros(length, jnp.float32) for _ in Metrics._fields[:-1])
-        metrics = Metrics(*zeros, no_routing(self.config.model, length))
+        zeros = jnp.zeros(length, jnp.float32)
+        skipped = jnp.zeros(length, bool)
+        metrics = Metrics(zeros, zeros, zeros, skipped, no_routing(self.config.model, length))
         # A loop of traced length, so that a run's last, shorter dispatch is the same program.
         return jax.lax.fori_loop(0, n_steps, body, (state, metrics))

@@ -133,7 +133,7 @@ def test_a_diverged_run_says_so(config, tmp_path):
     explosive = replace(config, optimizer={"learning_rate": 1e30, "clip_norm": 0.0})
     result = loop.train(explosive, tmp_path)
     assert result["status"] == "diverged" and result["loss"] is None
-    assert result["tokens"] == 16 * 64 * 8  # it ended with the dispatch that diverged
+    assert result["tokens"] == (1 + 5) * 64 * 8  # after five steps in a row that were skipped
     assert read_metrics(tmp_path)[-1]["train_loss"] is None
 
 

@@ -1,0 +1,48 @@
+"""``events.jsonl``: what happened to a run beside its steps, one object a line.
+
+Each has ``step`` and ``event``, which is one of skipped (an update whose loss or gradient was not
+finite), spike (a loss far above those before it), rollback (to a checkpoint), diverged, and
+damaged_checkpoint.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lm.command import write_atomically
+from lm.train.metrics import read_lines
+
+
+class EventLog:
+    """Appends to a run's events, of which it keeps the first ``n``: those before its checkpoint.
+
+    By their number, as steps before a rollback are there twice.
+    """
+
+    def __init__(self, workdir: Path, n: int):
+        self._path = workdir / "events.jsonl"
+        if self._path.exists():
+            kept = read_events(workdir)[:n]
+            write_atomically(self._path, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Writes one, to the disk; numbers that are not finite become null."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(_finite(event)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_events(workdir: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's events; a line torn by a kill is left out."""
+    return read_lines(workdir / "events.jsonl")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

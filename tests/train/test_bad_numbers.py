@@ -1,0 +1,249 @@
+"""NaN in batches and gradients of real runs, put there from outside."""
+
+import json
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.checkpoint import Checkpoints, abstract_like
+from lm.command import Preempted
+from lm.config import Config, MeshConfig, ModelConfig, replace
+from lm.data import open_dataset
+from lm.data.excerpts import excerpts
+from lm.sharding import make_mesh
+from lm.sweep.store import Store
+from lm.train import loop
+from lm.train.clock import timeless
+from lm.train.events import EventLog, read_events
+from lm.train.metrics import read_metrics
+from lm.train.recipe import resolve
+from lm.train.step import Program
+
+N_STEPS, SEQUENCES = 20, 8
+POISONED = (11, 12, 13)  # steps from 0, whose gradient is NaN while the rate is the config's
+PEAK = 0.003
+
+
+class Poisoned(Program):
+    def _step(self, state, batch, schedule):
+        self._peak = schedule.peak
+        return super()._step(state, batch, schedule)
+
+    def _mean_gradient(self, state, batch):
+        loss, routing, gradient = super()._mean_gradient(state, batch)
+        bad = jnp.isin(state.step, jnp.array(POISONED)) & (self._peak > 0.9 * PEAK)
+        return loss, routing, jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), gradient)
+
+
+class BadRows:
+    """A dataset in which some rows, as (step, row), have NaN for weights."""
+
+    def __init__(self, dataset, *rows):
+        self._dataset, self._rows = dataset, rows
+
+    def __getattr__(self, name):
+        return getattr(self._dataset, name)
+
+    def batches(self, seed, first_step, n_steps, batch_size, rows=slice(None)):
+        batches = self._dataset.batches(seed, first_step, n_steps, batch_size, rows)
+        weights = np.ones(batches.targets_BT.shape, np.float32)
+        for step, row in self._rows:
+            if first_step <= step < first_step + n_steps:
+                weights[step - first_step, row] = np.nan
+        return batches._replace(weights_BT=weights)
+
+
+@pytest.fixture(scope="module")
+def config(text_data):
+    return Config(
+        model=ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=24),
+        data=text_data,
+        mesh=MeshConfig(data=8),
+        optimizer=replace(Config(), optimizer={"learning_rate": PEAK}).optimizer,
+        train=replace(
+            Config(),
+            train={
+                **{"tokens": 64.0 * SEQUENCES * N_STEPS, "batch_tokens": 64.0 * SEQUENCES},
+                **{"steps_per_dispatch": 4, "log_every": 1, "tensorboard": False},
+            },
+        ).train,
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(config):
+    return open_dataset(config.data)
+
+
+@pytest.fixture(scope="module")
+def programs(config):
+    return {Program.key(config): Poisoned(config, make_mesh(config.mesh))}
+
+
+@pytest.fixture(scope="module")
+def program(programs):
+    (found,) = programs.values()
+    return found
+
+
+def steps(config, program, dataset, state, first, last, factor=1.0):
+    """Steps ``first`` to before ``last`` one by one, written out."""
+    schedule = resolve(config, 8).schedule
+    schedule = schedule._replace(peak=factor * schedule.peak)
+    for step in range(first, last):
+        batches = program.put(dataset.batches(0, step, 4, SEQUENCES))
+        state, metrics = program.train(state, batches, 1, schedule)
+        assert not metrics.skipped[0]
+    return state
+
+
+def skipping(state, n):
+    return state._replace(step=jax.device_put(state.step + n, state.step.sharding))
+
+
+def final_state(program, workdir):
+    checkpoints = Checkpoints(workdir)
+    state, _ = checkpoints.restore(abstract_like(program.abstract_state, program.state_sharding))
+    checkpoints.close()
+    return state
+
+
+def assert_equal(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(wanted))
+
+
+def kinds(workdir):
+    return [(event["step"], event["event"]) for event in read_events(workdir)]
+
+
+def test_a_step_with_a_bad_gradient_is_as_if_it_had_not_been(
+    config, programs, program, dataset, tmp_path
+):
+    result = loop.train(config, tmp_path, programs=programs, dataset=dataset)
+    state = steps(config, program, dataset, program.init(0), 0, 11)
+    assert_equal(
+        final_state(program, tmp_path),
+        steps(config, program, dataset, skipping(state, 3), 14, N_STEPS),
+    )
+    assert kinds(tmp_path) == [(step + 1, "skipped") for step in POISONED]
+    event = read_events(tmp_path)[0]
+    assert event["gradient_norm"] is None and event["loss"] > 0
+    assert result["status"] == "done" and result["tokens"] == 64 * SEQUENCES * N_STEPS
+    log = read_metrics(tmp_path)
+    assert [line["step"] for line in log] == list(range(1, N_STEPS + 1))
+    assert [line["train_loss"] is None for line in log].count(True) == 3
+
+
+def test_a_bad_batch_is_skipped_and_its_document_told(config, programs, program, dataset, tmp_path):
+    bad = BadRows(dataset, (2, 5), (6, 1))
+    config = replace(config, train={"tokens": 64.0 * SEQUENCES * 10})
+    loop.train(config, tmp_path, programs=programs, dataset=bad)
+    state = steps(config, program, bad, program.init(0), 0, 2)
+    state = steps(config, program, bad, skipping(state, 1), 3, 6)
+    wanted = steps(config, program, bad, skipping(state, 1), 7, 10)
+    assert_equal(final_state(program, tmp_path), wanted)
+    assert kinds(tmp_path) == [(3, "skipped"), (7, "skipped")]
+    for event, row in zip(read_events(tmp_path), (5, 1), strict=True):
+        (document,) = event["documents"]
+        of_row = excerpts(dataset, 0, event["step"] - 1, SEQUENCES, row)
+        assert document["row"] == row and document["nats_per_token"] is None
+        told = (document["source"], document["document"], document["text"])
+        assert told == (of_row[0].source, of_row[0].document, of_row[0].text)
+
+
+ROLLS_BACK = {"checkpoint_every": 5, "evaluate_every": 5, "skips_before_rollback": 3}
+
+
+def test_after_skips_in_a_row_it_goes_back_and_on_at_a_lower_rate(
+    config, programs, program, dataset, tmp_path
+):
+    config = replace(config, train=ROLLS_BACK)
+    result = loop.train(config, tmp_path, programs=programs, dataset=dataset)
+    state = steps(config, program, dataset, program.init(0), 0, 10)
+    wanted = steps(config, program, dataset, state, 10, N_STEPS, factor=0.5)
+    assert_equal(final_state(program, tmp_path), wanted)
+    assert result["status"] == "done" and "last_good_loss" not in result
+    assert kinds(tmp_path) == [*((i + 1, "skipped") for i in POISONED), (14, "rollback")]
+    rollback = read_events(tmp_path)[-1]
+    assert rollback["to"] == 10 and rollback["rate_factor"] == 0.5
+    log = read_metrics(tmp_path)
+    assert [line["step"] for line in log] == list(range(1, N_STEPS + 1))
+    assert all(line["train_loss"] for line in log)
+
+
+@pytest.mark.parametrize("fault", ["kill", "signal"])
+def test_interrupted_around_a_rollback_it_does_the_same(
+    config, programs, program, dataset, tmp_path, fault
+):
+    config = replace(config, train={**ROLLS_BACK, "checkpoint_every": 7, "steps_per_dispatch": 2})
+    programs = {Program.key(config): program}
+    program.config = config
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    wanted = loop.train(config, whole, programs=programs, dataset=dataset)
+    assert (14, "rollback") in kinds(whole)
+
+    class Killed(Exception):
+        pass
+
+    calls = []
+
+    def interrupt(progress):
+        calls[-1] += 1
+        if fault == "kill" and calls[-1] == len(calls) + 1:
+            raise Killed
+        if fault == "signal" and calls[-1] == 1 + len(calls) % 4:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.05)  # a thread notes it
+
+    found = None
+    while not found and len(calls) < 25:
+        calls.append(0)
+        try:
+            found = loop.train(
+                config, parts, programs=programs, dataset=dataset, progress=interrupt
+            )
+        except (Killed, Preempted):
+            pass
+    assert len(calls) > 4
+    assert timeless(found) == timeless(wanted)
+    assert [timeless(x) for x in read_metrics(parts)] == [timeless(x) for x in read_metrics(whole)]
+    assert kinds(parts) == kinds(whole)
+    assert_equal(final_state(program, parts), final_state(program, whole))
+
+
+def test_after_rollbacks_that_do_not_help_it_has_diverged(config, programs, dataset, tmp_path):
+    config = replace(config, train={**ROLLS_BACK, "rollbacks": 2, "rollback_rate": 1.0})
+    store = Store(str(tmp_path))
+    workdir = store.folder("a")
+    workdir.mkdir(parents=True)
+    result = loop.train(config, workdir, programs=programs, dataset=dataset)
+    skipped = [(step + 1, "skipped") for step in POISONED]
+    back = [*skipped, (14, "rollback")]
+    assert kinds(workdir) == [*back, *back, *skipped, (14, "diverged")]
+    assert result["status"] == "diverged" and result["loss"] is None
+    assert result["tokens"] == 14 * 64 * SEQUENCES
+    (scored,) = (x for x in read_metrics(workdir) if x["step"] == 10)
+    assert result["last_good_step"] == 10
+    assert result["last_good_loss"] == scored["validation_loss"]
+    assert json.loads((workdir / "result.json").read_text()) == result
+    assert loop.train(config, workdir) == result  # the same call again tries nothing
+
+    store.scan()
+    store.write_tables()
+    (row,) = store.rows()
+    assert row["status"] == "diverged" and row["loss"] is None
+
+
+def test_events_after_a_checkpoint_are_forgotten(tmp_path):
+    log = EventLog(tmp_path, 0)
+    for step in (7, 3, 5):  # 3 after a rollback
+        log.write({"step": step, "event": "spike", "loss": float("nan"), "documents": [{"a": 1}]})
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"step": 6, "ev')
+    EventLog(tmp_path, 2).write({"step": 4, "event": "skipped"})
+    found = read_events(tmp_path)
+    assert [event["step"] for event in found] == [7, 3, 4] and found[0]["loss"] is None
