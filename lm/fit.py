@@ -112,10 +112,13 @@ def main() -> int | None:
         def say(what: str) -> None:
             status.update(what)
 
+        path, other = Path(FLAGS.compare or ""), None
+        if path.suffix == ".json":  # before the fits, which take their time
+            other = read_law_file(path)
         study = _study(FLAGS.runs, FLAGS.curves, say)
         if FLAGS.compare:
             say(f"comparing with {FLAGS.compare}")
-            other = _other_law(FLAGS.compare, say)
+            other = other or _study([path], [], say).law
             comparison = compare(study.law, other, FLAGS.compare, FLAGS.seed)
             study = dataclasses.replace(study, comparison=comparison)
         say("drawing")
@@ -265,11 +268,6 @@ def _study(paths, curves, progress) -> Study:
         progress=progress,
     )
     return dataclasses.replace(study, experts=read_expert_loads(paths, runs))
-
-
-def _other_law(text: str, progress) -> dict:
-    path = Path(text)
-    return read_law_file(path) if path.suffix == ".json" else _study([path], [], progress).law
 
 
 def _budgets(texts: list[str]) -> str | float | list[float] | None:
