@@ -28,7 +28,10 @@ from lm import command
 from lm.command import FAILED, one_of, write_atomically
 
 HERE = Path(__file__).resolve().parent
-FAULTS = ("sweep_kills", "ray_node")
+FAULTS = (
+    *("training_kills", "sweep_kills", "preemption", "damaged_checkpoints", "not_finite"),
+    *("full_disk", "ray_node", "host_kills", "malformed"),
+)
 BEGIN, END = "<!-- table: written by run.py -->\n", "<!-- end of table -->"
 
 FLAGS = flags.FlagValues()

@@ -69,13 +69,49 @@ def test_it_goes_on_after_the_last_trial_and_tells_what_was_wrong(campaign, monk
     assert call()[0] == 1 and seen == [0, 1, 1, 2]
 
 
+SHORT = {  # what is made smaller of a fault for one trial of it
+    "sweep_kills": {"KILLS": 2},
+    "ray_node": {},
+    "training_kills": {"MOMENTS": ("writing",)},
+    "preemption": {"SIGNALS": 1},
+    "damaged_checkpoints": {},
+    "not_finite": {},
+    "full_disk": {},
+    "host_kills": {},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sweep_kills", "ray_node"])
-def test_each_fault_once(campaign, name, tmp_path):
+@pytest.mark.parametrize("name", SHORT)
+def test_each_fault_once(campaign, name, monkeypatch):
     run, call = campaign
-    if why := run.load(name).cannot_run():
+    fault = run.load(name)
+    if why := fault.cannot_run():
         pytest.skip(f"{name}: {why}")
+    for setting, value in SHORT[name].items():
+        monkeypatch.setattr(fault, setting, value)
     code, printed = call(f"--only={name}", "--times=1")
     print(printed, file=sys.stderr)
     assert code is None or code == 0, printed
     assert "1 of 1 trials" in printed
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["config", "corpus", "csv", "law", pytest.param("folder", marks=pytest.mark.slow)],
+)
+def test_malformed_input_of_every_kind(campaign, kind, monkeypatch, tmp_path):
+    malformed = campaign[0].load("malformed")
+    monkeypatch.setattr(malformed, "OWN_PROCESS", 10**6)
+    numbers = [n for n in range(1, malformed.TIMES) if malformed.chosen(n)[0] == kind]
+    for number in numbers:
+        (folder := tmp_path / str(number)).mkdir()
+        row = malformed.trial(number, folder)
+        assert row["kind"] == kind and not row["wrong"], row
+
+
+def test_every_fault_is_in_the_table_and_no_file_is_forgotten(campaign):
+    run, _ = campaign
+    files = {path.stem for path in (ROOT / "experiments/fault_injection").glob("*.py")}
+    faults = {name for name in files if hasattr(run.load(name), "FAULT")}
+    assert faults == set(run.FAULTS)
