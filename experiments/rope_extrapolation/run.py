@@ -110,7 +110,7 @@ def section(kind: str, factors: list[float] | None = None) -> RopeScalingConfig:
 def scorer(folder: Path, variant: Variant, factors: list[float]) -> Scorer:
     """The model of a run's folder, read as ``variant`` says at 2,048 positions."""
     config = load_config(folder)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     params = load_params(folder, config, mesh)
     if config.model.position == "learned":
         last = np.minimum(np.arange(WANTED), config.data.seq_len - 1)
@@ -148,7 +148,7 @@ def nats(judge: Scorer, tokens_WT: np.ndarray) -> np.ndarray:
 def search(folder: Path) -> dict:
     """Factors of LongRoPE for the model of a folder, by the protocol's evolution."""
     config = load_config(folder)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     params = load_params(folder, config, mesh)
     width, base = config.model.head_width, config.model.rope_base
     ones = [1.0] * (width // 2)

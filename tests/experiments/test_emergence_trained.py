@@ -152,7 +152,7 @@ def test_a_tiny_one_from_training_to_figure(few, tmp_path):
     arguments = [
         *("run.py", f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"),
         *("--widths=4,8", "--questions=8", "--override=train.tokens=4096"),
-        "--override=data.validation_tokens=1024",
+        *("--override=data.validation_tokens=1024", "--override=train.batch_tokens=1024"),
     ]
     assert run.command.run(run.main, run.FLAGS, None, arguments) == 0
     found = json.loads((tmp_path / "results/summary.json").read_text())
