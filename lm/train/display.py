@@ -90,14 +90,17 @@ def speed(at: Any) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """``values`` from the first to the last as bars, on a log scale; means where there are many."""
+    """``values`` from the first to the last as bars, on a log scale; means where there are many.
+
+    The first tenth, in which a loss falls as it never will again, may be beyond the scale.
+    """
     step = max(1.0, len(values) / width)
     starts = [round(i * step) for i in range(math.ceil(len(values) / step))]
     bins = [values[a:b] for a, b in zip(starts, [*starts[1:], len(values)], strict=True)]
     logs = [math.log(sum(some) / len(some)) for some in bins]
-    low, high = min(logs), max(logs)
+    low, high = min(logs), max(logs[len(logs) // 10 :])
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((x - low) * scale)] for x in logs).ljust(width)
+    return "".join(BARS[round((min(x, high) - low) * scale)] for x in logs).ljust(width)
 
 
 def duration(seconds: float) -> str:

@@ -6,13 +6,12 @@ damaged_checkpoint.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from lm.command import write_atomically
-from lm.train.metrics import read_lines
+from lm.train.metrics import finite, read_lines
 
 
 class EventLog:
@@ -30,7 +29,7 @@ class EventLog:
     def write(self, event: dict[str, Any]) -> None:
         """Writes one, to the disk; numbers that are not finite become null."""
         with self._path.open("a") as file:
-            file.write(json.dumps(_finite(event)) + "\n")
+            file.write(json.dumps(finite(event)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -38,11 +37,3 @@ class EventLog:
 def read_events(workdir: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's events; a line torn by a kill is left out."""
     return read_lines(workdir / "events.jsonl")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

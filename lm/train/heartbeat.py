@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.command import write_atomically
+from lm.train.metrics import finite
 
 SCHEMA = 1
 SECONDS = 5.0  # between two
@@ -44,7 +45,7 @@ class Heartbeat:
 
     def _write(self) -> None:
         who = {"pid": os.getpid(), "host": socket.gethostname()}
-        heartbeat = {"schema": SCHEMA, "time": time.time(), **who, **self._tell()}
+        heartbeat = {"schema": SCHEMA, "time": time.time(), **who, **finite(self._tell())}
         with contextlib.suppress(OSError):  # the run itself finds a full disk, where it matters
             write_atomically(self._path, json.dumps(heartbeat, indent=1))
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from lm import hosts
 from lm.config import Config
 from lm.score import Score
@@ -72,6 +74,8 @@ class Journal:
         self.n_events += 1
         if self._events:
             self._events.write({"step": step, "event": event, **values})
+            told = (f"{k} {v}" for k, v in values.items() if not isinstance(v, list))
+            logging.warning("step %d: %s (%s)", step, event, ", ".join(told))
 
     def take(
         self, step: int, metrics: Metrics, n: int, seconds: float, validation: Score | None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lm.command import BadInput, naming, write_atomically
 from lm.config import Config, TrainConfig, to_dict
@@ -109,10 +109,7 @@ class MetricsLog:
 
     def write(self, line: dict) -> None:
         """Writes one line; numbers that are not finite become null, which JSON can hold."""
-        line = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in line.items()
-        }
+        line = finite(line)
         with naming(self._path):
             self._file.write(json.dumps(line) + "\n")
         scalars = {k: v for k, v in _scalars(line) if k != "step" and v is not None}
@@ -147,6 +144,15 @@ def _scalars(line: dict) -> Iterator[tuple[str, float | None]]:
             yield from _scalars({f"{key}/{i}": item for i, item in enumerate(value)})
         else:
             yield key, value
+
+
+def finite(value: Any) -> Any:
+    """``value`` with null for each number in it that is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(workdir: Path) -> list[dict]:
