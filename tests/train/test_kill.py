@@ -12,9 +12,9 @@ import pytest
 
 from lm.checkpoint import Checkpoints
 from lm.config import Config, MeshConfig, ModelConfig, replace, to_dict
+from lm.train.clock import timeless
 from lm.train.metrics import read_metrics
 
-TIMES = ("seconds", "per_second", "peak_share", "mfu", "goodput", "bytes", "device")
 SCRIPT = """
 import json, os, signal, sys, threading
 from pathlib import Path
@@ -69,10 +69,6 @@ def final_state(workdir):
 
     folder = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     return ocp.PyTreeCheckpointer().restore(folder / "state")
-
-
-def timeless(line):
-    return {k: v for k, v in line.items() if not any(word in k for word in TIMES)}
 
 
 @pytest.mark.slow
