@@ -14,7 +14,7 @@ import numpy as np
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lm.command import BadInput
+from lm.command import BadInput, json_object
 from lm.data.tokenizers import Tokenizer
 
 # For any tokenizer, bytes too: a turn is its role's name, the message, and the end of text.
@@ -117,7 +117,7 @@ def open_template(tokenizer_name: str, tokenizer: Tokenizer, path: str = "") -> 
     special = {"eos_token": tokenizer.decode([tokenizer.end_of_text]), "bos_token": ""}
     folder, source = Path(tokenizer_name).parent, None
     if tokenizer_name.endswith(".json") and (folder / "tokenizer_config.json").exists():
-        settings = json.loads(_read(folder / "tokenizer_config.json"))
+        settings = json_object(folder / "tokenizer_config.json")
         for name in SPECIAL:
             if token := settings.get(name):
                 special[name] = token["content"] if isinstance(token, dict) else token

@@ -95,7 +95,7 @@ def read_examples(path: str | Path) -> list[Example]:
 def _example(line: str, where: str) -> Example:
     try:
         given = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON ({error})") from error
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise BadInput(f"{where}: needs an object with a string 'prompt'")

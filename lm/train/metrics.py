@@ -162,7 +162,8 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 def read_lines(path: Path) -> list[dict]:
     """Of a file with one object a line, those before the first that is torn."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    # What storage made no UTF-8 of is no JSON either.
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     whole = []
     for line in lines:
         try:

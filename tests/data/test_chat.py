@@ -128,6 +128,9 @@ def test_the_folders_own_template_and_where_it_lies(folder, tmp_path):
     assert open_template(str(tmp_path / "tokenizer.json"), tokenizer).source == MISTRAL
     with pytest.raises(BadInput, match="nowhere.jinja: cannot be read"):
         open_template("bytes", BYTES, "nowhere.jinja")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(BadInput, match="tokenizer_config.json: not JSON"):
+        open_template(str(tmp_path / "tokenizer.json"), tokenizer)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

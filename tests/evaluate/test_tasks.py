@@ -162,6 +162,7 @@ def test_a_model_that_is_asked():
     "line, message",
     [
         ("{", "line 1: not JSON"),
+        ("[" * 100_000, "line 1: not JSON"),
         ("[]", "needs an object with a string 'prompt'"),
         ('{"prompt": 3}', "needs an object with a string 'prompt'"),
         ('{"prompt": "a"}', "needs 'choices' and 'answer', or a text as 'target'"),

@@ -26,6 +26,15 @@ def test_what_is_flushed_to_disk_was_all_written_before(tmp_path, monkeypatch):
     log.close()
 
 
+@pytest.mark.parametrize("torn", [b'{"step": 2, "tr', b'{"st\xff\xfep": 2}x\n', b"\0\0\n", b"["])
+def test_a_log_ends_before_its_first_line_that_is_none(torn, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + torn)
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    with MetricsLog(tmp_path, 1) as log:
+        log.write({"step": 2})
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
 class Noted(list):
     def write(self, step, scalars):
         self.append((step, scalars))
