@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,16 @@ def test_malformed_input_of_every_kind(campaign, kind, monkeypatch, tmp_path):
         (folder := tmp_path / str(number)).mkdir()
         row = malformed.trial(number, folder)
         assert row["kind"] == kind and not row["wrong"], row
+
+
+def test_the_table_tells_what_checkpoints_cost(campaign, tmp_path):
+    run, _ = campaign
+    assert run.costs(tmp_path / "none.json") == []
+    found = {"saving": {"cost": 0.0234}, "restoring": {"cold_seconds": 3.21, "warm_seconds": 1.0}}
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    saving, restoring = run.costs(tmp_path / "found.json")
+    assert saving.endswith("<= 5 % of step time | 2.3 % |")
+    assert restoring.endswith("<= 5 s | 3.2 s |")
 
 
 def test_every_fault_is_in_the_table_and_no_file_is_forgotten(campaign):
