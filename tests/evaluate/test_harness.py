@@ -5,16 +5,12 @@ Offline: tasks are local files.
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import meta
 
-from lm.checkpoint import SCHEMA, Checkpoints, claim
 from lm.command import BadInput
 from lm.config import Config, ModelConfig, replace
-from lm.model import Decoder
+from tests.evaluate.test_scorer import made, quick_compilation, saved  # noqa: F401
 
 pytestmark = pytest.mark.slow
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not here; pip install '.[eval]'")
@@ -66,19 +62,11 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run's folder with a decoder as drawn, its embedding enlarged so that it is sure of some."""
-    workdir = tmp_path_factory.mktemp("run")
-    decoder = Decoder(CONFIG.model, CONFIG.data.seq_len)
-    params = jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
-    params = dict(meta.unbox(params))
-    params["embedding"] = 4 * params["embedding"]
-    letters = np.isin(np.arange(257), list(b"abcdefghij \n"))  # it writes text, not parts of UTF-8
+    """A decoder that writes text, not parts of UTF-8."""
+    _, _, params = made(CONFIG)
+    letters = np.isin(np.arange(257), list(b"abcdefghij \n"))
     params["head"] = {"kernel": params["head"]["kernel"] * np.where(letters, 3, 1)}
-    claim(workdir, CONFIG)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(0, {"params": params}, {"schema": SCHEMA})
-    checkpoints.close()
-    return workdir
+    return saved(tmp_path_factory.mktemp("run"), CONFIG, params)
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,21 @@ import json
 import pytest
 
 from lm import command
-from lm.config import Config, MeshConfig, ModelConfig, replace
+from lm.config import replace
 from lm.evaluate import __main__ as evaluate
 from lm.train.loop import train
+from tests.evaluate.test_scorer import CONFIG, made, quick_compilation, saved  # noqa: F401
 
 
 @pytest.fixture(scope="module")
-def workdir(text_data, tmp_path_factory):
-    config = Config(
-        model=ModelConfig(vocab_size=264, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=24),
-        data=text_data,
-        mesh=MeshConfig(data=8),
-    )
-    config = replace(config, train={"tokens": 1024.0, "batch_tokens": 512.0, "tensorboard": False})
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    train(config, workdir)
-    return workdir
+def config(text_data):
+    config = replace(CONFIG, model={"n_layers": 1}, data=vars(text_data))
+    return replace(config, train={"tokens": 1024.0, "batch_tokens": 512.0, "tensorboard": False})
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("runs") / "drawn", config, made(config)[2])
 
 
 def run(capsys, workdir, *argv):
@@ -29,10 +28,11 @@ def run(capsys, workdir, *argv):
     return code, capsys.readouterr()
 
 
-def test_the_loss_is_the_one_that_training_told(capsys, workdir):
-    code, told = run(capsys, workdir, "--json")
+@pytest.mark.slow
+def test_the_loss_is_the_one_that_training_told(capsys, config, tmp_path):
+    result = train(config, tmp_path)
+    code, told = run(capsys, tmp_path, "--json")
     told = json.loads(told.out)
-    result = json.loads((workdir / "result.json").read_text())
     assert code == 0
     assert told["loss"] == pytest.approx(result["loss"], rel=1e-6)
     assert told["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from lm.checkpoint import SCHEMA, Checkpoints, claim
 from lm.command import BadInput
 from lm.config import Config, MeshConfig, ModelConfig, replace
 from lm.data.tokenizers import ByteTokenizer, JsonTokenizer, train_bpe
@@ -48,9 +49,20 @@ def made(config=CONFIG, mesh=None, **settings):
     return Scorer(config, params, ByteTokenizer(), mesh, **settings), decoder, params
 
 
+def saved(workdir, config, params):
+    """A run's folder with these parameters."""
+    claim(workdir, config)
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(0, {"params": params}, {"schema": SCHEMA})
+    checkpoints.close()
+    return workdir
+
+
 @pytest.fixture(scope="module")
 def bytewise():
-    return made()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "HEAD_ELEMENTS", 264 * 8)  # a few positions' logits at a time
+        yield made(batch_tokens=64)  # and four rows of the smallest bucket
 
 
 def alone(decoder, params, context, continuation):
@@ -78,16 +90,15 @@ def assert_exact(found, decoder, params, rows, atol=1e-5):
         assert scored.greedy == (log_p_nV.argmax(-1) == continuation).all()
 
 
-def test_batched_is_exactly_unbatched(monkeypatch):
-    monkeypatch.setattr(module, "HEAD_ELEMENTS", 264 * 8)  # a few positions' logits at a time
-    scorer, decoder, params = made(batch_tokens=64)  # and two batches of the smallest bucket
+def test_batched_is_exactly_unbatched(bytewise):
+    scorer, decoder, params = bytewise
     rows = [scorer.encode_pair(*pair) for pair in PAIRS]
     assert_exact(scorer.log_likelihoods(PAIRS), decoder, params, rows)
 
 
 def test_what_the_model_would_write_is_greedy(bytewise):
     scorer, *_ = bytewise
-    prompt = list(b"To be")
+    prompt = list(b"To be, or not to be, that is: a question")
     (written,) = scorer.generate([prompt], 6)
     own = written.completion.tokens
     assert len(own) == 6
@@ -101,12 +112,12 @@ def test_what_the_model_would_write_is_greedy(bytewise):
 
 def test_a_bucket_compiles_once(bytewise):
     scorer, *_ = bytewise
+    scorer._run.clear_cache()
     scorer.log_likelihoods([("abc", "de")] * 3)
-    before = scorer._run._cache_size()
-    scorer.log_likelihoods([("xy", "z"), ("abcdefgh", "ijk")])
-    assert scorer._run._cache_size() == before
+    scorer.log_likelihoods([("xy", "z"), ("abcdefgh", "ijk"), ("a", "b")])
+    assert scorer._run._cache_size() == 1
     scorer.log_likelihoods([("a" * 30, "z")])
-    assert scorer._run._cache_size() == before + 1
+    assert scorer._run._cache_size() == 2
 
 
 def test_contexts_are_cut_from_the_left_only_when_asked(bytewise):
@@ -146,6 +157,7 @@ def test_pairs_are_encoded_together():
     assert scorer.encode_pair("", "the")[0] == [7]
 
 
+@pytest.mark.slow
 def test_experts_drop_nothing_whatever_the_batch():
     config = replace(
         CONFIG,
@@ -161,12 +173,14 @@ def test_experts_drop_nothing_whatever_the_batch():
         made(looking)[0].log_likelihoods(PAIRS)
 
 
-def test_tensor_parallel_is_the_same(bytewise):
+@pytest.mark.slow
+def test_tensor_parallel_is_the_same():
     scorer, decoder, params = made(replace(CONFIG, mesh={"model": 2}), mesh=MeshConfig(model=2))
     rows = [scorer.encode_pair(*pair) for pair in PAIRS]
     assert_exact(scorer.log_likelihoods(PAIRS), decoder, params, rows)
 
 
+@pytest.mark.slow
 def test_generation_stops_at_a_text_and_keeps_the_order(bytewise):
     scorer, *_ = bytewise
     prompts = ["a longer prompt than", "It", "was", "longer than a word"]
@@ -193,12 +207,14 @@ def test_bad_pairs(bytewise, pairs, line):
         bytewise[0].log_likelihoods(pairs)
 
 
-def test_a_tokenizer_beyond_the_embedding():
-    with pytest.raises(BadInput, match="model.vocab_size = 200: must be at least the tokenizer's 257"):
-        made(replace(CONFIG, model={"vocab_size": 200}))
-
-
-def test_learned_positions_end():
-    config = replace(CONFIG, model={"position": "learned"})
-    with pytest.raises(BadInput, match="learned positions end at 48"):
-        made(config, max_length=64)
+@pytest.mark.parametrize(
+    "model, settings, line",
+    [
+        ({"vocab_size": 200}, {}, "model.vocab_size = 200: must be at least the tokenizer's 257"),
+        ({"position": "learned"}, {"max_length": 64}, "learned positions end at 48"),
+    ],
+)
+def test_what_no_scorer_is_made_for(model, settings, line):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(BadInput, match=line):
+        Scorer(replace(CONFIG, model=model), {}, ByteTokenizer(), mesh, **settings)

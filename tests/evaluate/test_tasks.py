@@ -141,6 +141,7 @@ def test_edit_distance_of_known_words():
     assert edit_distance("", "abc") == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_is_asked():
     """Its own greedy text is an exact match, of the probability that it was written with."""
     scorer, _, params = made()
