@@ -9,7 +9,7 @@ from typing import Any
 STEP, COMPILE, DATA, CHECKPOINT = "step", "compile", "data", "checkpoint"
 EVALUATE, START, LOST, OTHER = "evaluate", "start", "lost", "other"
 PARTS = (STEP, COMPILE, DATA, CHECKPOINT, EVALUATE, START, LOST, OTHER)
-WORK = (STEP, DATA, CHECKPOINT, EVALUATE)  # is done again after a kill; the rest was overhead
+WORK = (STEP, DATA, EVALUATE)  # is done again after a kill; the rest was overhead
 # Words in the names of what differs between two calls that are the same run.
 TIMED = ("seconds", "per_second", "mfu", "goodput", "memory", "device")
 
@@ -59,7 +59,7 @@ class Clock:
 
     def work(self) -> float:
         """Seconds of this piece that brought the run on: its steps, and what goes with them."""
-        return _sum(self.seconds(), WORK) - self._worked
+        return _sum(self.seconds(), (*WORK, CHECKPOINT)) - self._worked
 
     def go_on(self, saved: Mapping[str, float]) -> None:
         """From a checkpoint with the ``seconds`` as of it; empty where there was none."""
@@ -69,7 +69,7 @@ class Clock:
                     self._seconds[part] += saved.get(part, 0.0) - self._before[part]
         else:
             self._lose({part: self._before[part] - saved.get(part, 0.0) for part in WORK})
-        self._worked = _sum(saved, WORK)
+        self._worked = _sum(self.seconds(), (*WORK, CHECKPOINT))
 
     def count_as(self, part: str, other: str, seconds: float) -> None:
         """``seconds`` that were counted as the ``other`` part are ``part``'s."""

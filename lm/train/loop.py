@@ -140,6 +140,7 @@ class _Run:
         self.clock = program.clock = clock.Clock(read_heartbeat(workdir).get("seconds", {}))
         self.journal = Journal(config, recipe, workdir, self.clock, self._blame)
         self.told: Progress | None = None
+        self.status = ""
         self.scored: tuple[int, Score] | None = None  # the last good evaluation, and its step
         self.skips = 0  # in a row, up to the newest step that was read
         self.rollbacks = 0
@@ -165,18 +166,18 @@ class _Run:
                     stack.callback(self._close_checkpoints)
                 # Before this process waits for the others, as closing does.
                 stack.enter_context(hosts.failing_together())
-                stack.push(lambda error, *_: self.journal.close(done=error is None))
+                stack.callback(lambda: self.journal.close(done=self.status in ("done", "diverged")))
                 stack.callback(self.profile.close)
                 self._begin(start_from)
             with self.clock.on(clock.STEP):
-                status = self._steps()
-                if status == "stopped":
+                self.status = self._steps()
+                if self.status == "stopped":
                     if not self._read(0):
                         self._save()
                     return None
         found = result(
             *(self.config, self.recipe, self.dataset),
-            *(status, self.step, self.scored, self.clock.seconds()),
+            *(self.status, self.step, self.scored, self.clock.seconds()),
         )
         if hosts.is_first():
             write_atomically(self.workdir / "result.json", json.dumps(found, indent=1))
