@@ -25,6 +25,9 @@ from lm.command import BadInput
 
 VARIABLES = ("LM_COORDINATOR", "LM_PROCESSES", "LM_PROCESS")
 HEARTBEAT_SECONDS = 50  # jax's own, which names nobody: behind the watch's
+# How a launcher stops a run. An engine may have sent SIGTERM to all processes, and a second one
+# would not let the run save.
+STOP = signal.SIGUSR1
 FAILING_SECONDS = 15.0  # that processes may fail apart and still have failed together
 
 
@@ -193,26 +196,29 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def preemptible() -> Iterator[Callable[[], bool]]:
     """Within it the first SIGTERM or SIGINT is only noted; a second ends all processes at once.
 
-    Yields what tells whether any process was signalled: all call it, in one order.
+    ``STOP`` is only noted, always. Yields what tells whether any process was signalled: all call
+    it, in one order.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield lambda: any_of(False)
         return
-    noted, numbers = threading.Event(), (signal.SIGTERM, signal.SIGINT)
+    noted, ends = threading.Event(), (signal.SIGTERM, signal.SIGINT)
     hears, wakes = socket.socketpair()
     wakes.setblocking(False)
 
     def listen() -> None:
         # Handlers wait for the main thread, which may wait for a device or a compiler.
+        signalled = False
         while number := hears.recv(1):
-            if number[0] in numbers and noted.is_set():
+            if number[0] in ends and signalled:
                 _end_all(KeyboardInterrupt()) if _link else os._exit(command.PREEMPTED)
-            elif number[0] in numbers:
+            signalled = signalled or number[0] in ends
+            if number[0] in (*ends, STOP):
                 noted.set()
         hears.close()
 
     threading.Thread(target=listen, daemon=True).start()
-    handlers = [(number, signal.signal(number, lambda *_: None)) for number in numbers]
+    handlers = [(number, signal.signal(number, lambda *_: None)) for number in (*ends, STOP)]
     woken = signal.set_wakeup_fd(wakes.fileno())
     try:
         yield lambda: any_of(noted.is_set())

@@ -124,7 +124,7 @@ class Processes:
     def close(self) -> None:
         """Ends all workers; what they train is saved where their runs have checkpoints."""
         for worker in filter(None, self._workers):
-            worker.process.terminate()
+            worker.process.send_signal(hosts.STOP)
         deadline = time.monotonic() + GRACE_SECONDS
         for worker in filter(None, self._workers):
             try:
@@ -173,7 +173,8 @@ class _Worker:
         """How the process ended, with the last line of its log, and the log's tail."""
         code = self.process.wait()
         # Whoever says SIGTERM wants the machine; a run kills its worker in other ways.
-        kind = "interrupted" if code in (-signal.SIGTERM, PREEMPTED) else "died"
+        stopped = code in (-signal.SIGTERM, -hosts.STOP, PREEMPTED)
+        kind = "interrupted" if stopped else "died"
         reason = f"its worker ended by {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
         for log in (Path(self.job["folder"]) / "log.txt", self._outside_log):
             lines = log.read_text(errors="replace").split("\n") if log.exists() else []

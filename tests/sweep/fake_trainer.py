@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from lm.command import write_atomically
+from lm.command import Preempted, write_atomically
 from lm.config import Config, to_dict
 from lm.train.recipe import resolve
 
@@ -32,6 +32,7 @@ def train(config: Config, workdir, *, programs, dataset, progress, start_from) -
         ("fail", _fail),
         ("kill", _kill),
         ("end", _end),
+        ("preempt", _preempt),
         ("interrupt", _interrupt),
     ):
         for path in orders.glob(f"{order}-{config.name}*"):
@@ -93,6 +94,10 @@ def _kill() -> None:
 
 def _end() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _preempt() -> None:
+    raise Preempted
 
 
 def _interrupt() -> None:

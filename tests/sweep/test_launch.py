@@ -124,8 +124,10 @@ def test_a_worker_that_is_told_to_end_does_not_count(config, tmp_path, undisturb
     ended = first_id(config)
     for i in range(3):
         (tmp_path / f"end-{ended}-{i}").touch()
+        (tmp_path / f"preempt-{ended}-{i}").touch()
     _, code, printed = run(config, tmp_path, processes)
     assert printed.count("its worker ended by SIGTERM: about to end; trying again") == 3
+    assert printed.count("its worker ended by exit 75: about to preempt; trying again") == 3
     assert code == 0 and rows(tmp_path) == undisturbed
 
 

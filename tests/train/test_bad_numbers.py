@@ -12,8 +12,9 @@ import pytest
 from lm.checkpoint import Checkpoints, abstract_like
 from lm.command import Preempted
 from lm.config import Config, MeshConfig, ModelConfig, replace
-from lm.data import open_dataset
+from lm.data import Batch, open_dataset
 from lm.data.excerpts import excerpts
+from lm.model import Decoder
 from lm.sharding import make_mesh
 from lm.sweep.store import Store
 from lm.train import loop
@@ -21,6 +22,7 @@ from lm.train.clock import timeless
 from lm.train.events import EventLog, read_events
 from lm.train.metrics import read_metrics
 from lm.train.recipe import resolve
+from lm.train.schedule import Schedule
 from lm.train.step import Program
 
 N_STEPS, SEQUENCES = 20, 8
@@ -68,7 +70,7 @@ def config(text_data):
             Config(),
             train={
                 **{"tokens": 64.0 * SEQUENCES * N_STEPS, "batch_tokens": 64.0 * SEQUENCES},
-                **{"steps_per_dispatch": 4, "log_every": 1, "tensorboard": False},
+                **{"steps_per_dispatch": 2, "log_every": 1, "tensorboard": False},
             },
         ).train,
     )
@@ -95,7 +97,7 @@ def steps(config, program, dataset, state, first, last, factor=1.0):
     schedule = resolve(config, 8).schedule
     schedule = schedule._replace(peak=factor * schedule.peak)
     for step in range(first, last):
-        batches = program.put(dataset.batches(0, step, 4, SEQUENCES))
+        batches = program.put(dataset.batches(0, step, 2, SEQUENCES))
         state, metrics = program.train(state, batches, 1, schedule)
         assert not metrics.skipped[0]
     return state
@@ -179,9 +181,7 @@ def test_after_skips_in_a_row_it_goes_back_and_on_at_a_lower_rate(
 def test_interrupted_around_a_rollback_it_does_the_same(
     config, programs, program, dataset, tmp_path, fault
 ):
-    config = replace(config, train={**ROLLS_BACK, "checkpoint_every": 7, "steps_per_dispatch": 2})
-    programs = {Program.key(config): program}
-    program.config = config
+    config = replace(config, train={**ROLLS_BACK, "checkpoint_every": 7})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     wanted = loop.train(config, whole, programs=programs, dataset=dataset)
     assert (14, "rollback") in kinds(whole)
@@ -236,6 +236,84 @@ def test_after_rollbacks_that_do_not_help_it_has_diverged(config, programs, data
     store.write_tables()
     (row,) = store.rows()
     assert row["status"] == "diverged" and row["loss"] is None
+
+
+def small(seed=0, n=2):
+    """Batches (n, 8, 8) of which some targets do not count."""
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(0, 32, (n, 8, 9)).astype(np.int32)
+    weights = (draw.random((n, 8, 8)) < 0.6).astype(np.float32)
+    return Batch(tokens[..., :-1], tokens[..., 1:], weights)
+
+
+SMALL = replace(
+    Config(
+        model=ModelConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24),
+        mesh=MeshConfig(data=8),
+    ),
+    data={"seq_len": 8},
+    train={"steps_per_dispatch": 2, "batch_tokens": 64.0},
+)
+EXPERTS = {"n_experts": 4, "top_k": 2, "bias_rate": 0.1}
+PIPELINE = {
+    "mesh": {"stage": 2, "data": 4, "zero": 1},
+    "model": {"scan_layers": True},
+    "train": {"accumulation": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": {"clip_norm": 0.0, "weight_decay": 0.1}},
+        {"train": {"accumulation": 4}, "mesh": {"data": 2, "model": 4}},
+        {"mesh": {"data": 4, "model": 2, "zero": 3}},
+        {"model": {"moe": EXPERTS}},
+        PIPELINE,
+    ],
+    ids=str,
+)
+def test_anywhere_a_skipped_step_leaves_all_but_its_count(change):
+    config = replace(SMALL, **change)
+    program = Program(config, make_mesh(config.mesh))
+    good, bad = small(), small()
+    bad.weights_BT[0, 5, 3] = np.nan
+    schedule = Schedule(0.01, 1.0, 2.0, 2.0, 10.0, 0.0)
+    start = jax.device_get(program.init(1))
+    state, metrics = program.train(program.init(1), program.put(bad), 1, schedule)
+    assert metrics.skipped.tolist() == [True, False] and state.step == 1
+    assert_equal(state[1:], start[1:])
+    state, metrics = program.train(program.init(1), program.put(bad), 2, schedule)
+    again = jax.tree.map(lambda x: np.roll(x, 1, axis=0), good)
+    wanted, _ = program.train(skipping(program.init(1), 1), program.put(again), 1, schedule)
+    assert metrics.skipped.tolist() == [True, False] and state.step == 2
+    assert_equal(state, wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"loss_chunk": 4}},
+        pytest.param({"mesh": {"data": 2, "model": 2, "context": 2}}, marks=pytest.mark.slow),
+        pytest.param(PIPELINE, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_nats_of_each_target_are_those_of_the_logits(change):
+    config = replace(SMALL, **change)
+    program = Program(config, make_mesh(config.mesh))
+    batch, params = jax.tree.map(lambda x: x[0], small()), program.init(1).params
+    for weights in (batch.weights_BT, None):
+        given = batch._replace(weights_BT=weights)
+        found = program.token_nats(params, program.put(given))
+        decoder = Decoder(config.model, 8)
+        log_p = jax.nn.log_softmax(
+            decoder.apply({"params": jax.device_get(params)}, batch.inputs_BT)
+        )
+        wanted = -np.take_along_axis(np.asarray(log_p), batch.targets_BT[..., None], -1)[..., 0]
+        wanted = wanted if weights is None else wanted * weights
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_events_after_a_checkpoint_are_forgotten(tmp_path):
