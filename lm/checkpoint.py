@@ -206,7 +206,8 @@ class Checkpoints:
             for damaged in set(self.damaged) & set(self._manager.all_steps()):
                 self._manager.delete(damaged)
             n_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-            if shutil.disk_usage(self._folder).free < n_bytes:  # before it is half written
+            # Before it is half written, with room for what describes the arrays.
+            if shutil.disk_usage(self._folder).free < 1.02 * n_bytes + 2**20:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
             self._manager.save(step, args=composite)
 

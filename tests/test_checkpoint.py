@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -207,6 +208,18 @@ def test_a_full_disk_ends_a_write_and_nothing_else(workdir, state, monkeypatch):
     checkpoints.save(9, state, {"at": 9})  # after space was made
     checkpoints.close()
     assert (workdir / "checkpoints" / "9" / "checksums.json").exists()
+
+
+def test_a_disk_with_too_little_room_is_not_written_to(workdir, state, monkeypatch):
+    free = shutil.disk_usage(workdir)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    before = sorted(workdir.rglob("*"))
+    checkpoints = Checkpoints(workdir)
+    with pytest.raises(OSError, match="No space left") as error:
+        checkpoints.save(9, state, {})
+    assert error.value.errno == errno.ENOSPC and error.value.filename.endswith("checkpoints")
+    checkpoints.close()
+    assert sorted(workdir.rglob("*")) == before
 
 
 def test_a_folder_is_one_process_own_until_it_ends(tmp_path):
