@@ -284,13 +284,38 @@ def test_a_killed_process_is_named_and_the_next_pair_goes_on(
 
 
 @pytest.mark.slow
-def test_a_preempted_process_ends_all_for_a_retry(launch, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    launch, config, longer_alone, tmp_path, victim
+):
+    run = tmp_path / "run"
     pair = launch(2, **LONGER)
-    pair.until(tmp_path / "run" / "checkpoints" / "10")
-    pair.started[1].terminate()
+    pair.until(run / "checkpoints" / "10")
+    pair.started[victim].terminate()
     codes, logs = pair.wait()
     assert codes == [PREEMPTED] * 2
-    assert "the same command goes on" in logs[1]
+    assert "interrupted; the same command goes on" in logs[0] and "error" not in logs[0] + logs[1]
+    read = [json.loads(Path(pair.noted(i)).read_text())["trained"] for i in range(2)]
+    assert [len(rows) for rows in read] == [len(read[0])] * 2
+    saved = max(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert read_metrics(run)[-1]["step"] == saved < 60
+    read = launch(2, **LONGER).finish()
+    assert min(read[0]["trained"]) == 16 * saved  # nothing is done again
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))
+    assert_same_run(config, run, longer_alone)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_all_at_once(launch, tmp_path):
+    pair = launch(2, **LONGER, **{"train.evaluate_every": 1})
+    pair.until(tmp_path / "run" / "checkpoints" / "10")
+    os.kill(pair.started[0].pid, signal.SIGSTOP)  # so that the other waits for it
+    for _ in range(2):
+        pair.started[1].terminate()
+        time.sleep(0.5)
+    os.kill(pair.started[0].pid, signal.SIGCONT)
+    codes, logs = pair.wait()
+    assert codes == [PREEMPTED] * 2
     assert f"error: process 1 ({HOST}): interrupted; the same command goes on" in logs[0]
 
 
