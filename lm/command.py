@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags, logging
 
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # a line, no traceback
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 OVERRIDES = "config_overrides"  # the flag that collects every --config.section.key=value
 
 
@@ -81,10 +81,17 @@ def run(
     except flags.Error as error:
         return _refuse(str(error))
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        if not (told := disk_trouble(error)):
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         return FAILED
+
+
+def disk_trouble(error: BaseException) -> str:
+    """What to tell, in place of a traceback, where the disk and no fault of ours caused it."""
+    if not isinstance(error, OSError) or error.errno not in DISK_TROUBLE:
+        return ""
+    return f"{error.strerror}: {error.filename or 'while writing'}"
 
 
 def _verb(

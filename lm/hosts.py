@@ -333,6 +333,9 @@ def _end_all(error: BaseException) -> NoReturn:
     elif isinstance(error, BadInput):
         code, reason = command.BAD_INPUT, str(error)
         print(f"error: {reason}", file=sys.stderr, flush=True)
+    elif reason := command.disk_trouble(error):
+        code = command.FAILED
+        print(f"error: {reason}", file=sys.stderr, flush=True)
     else:
         code, reason = command.FAILED, f"{type(error).__name__}: {error}".splitlines()[0]
         traceback.print_exception(error)
