@@ -157,7 +157,7 @@ def _show_status(study: Study, console: Console) -> int:
     )
     for run_id, at in study.progress.items():
         owner = study.store.leases.last(run_id).owner
-        console.print(f"running: {run_id} ({owner}){told(at)}", markup=False)
+        console.print(f"running: {run_id} ({owner})  {told(at)}".rstrip(), markup=False)
     _show_failed(study, console)
     return DONE
 

@@ -6,7 +6,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from lm.sweep.launch import Study
 from lm.train.display import duration, shares
@@ -63,16 +62,19 @@ def picture(study: Study) -> Group:
     bar = Table.grid(padding=(0, 1))
     share = study.done_flops() / study.total_flops()
     bar.add_row(ProgressBar(total=1.0, completed=share, width=30), summary(study))
-    under_way = [Text(f"  {run_id}{told(at)}") for run_id, at in sorted(study.progress.items())]
-    return Group(budgets_table(study), *under_way, bar)
+    under_way = Table.grid(padding=(0, 1))
+    for run_id, at in sorted(study.progress.items()):
+        done = at["step"] / at["n_steps"] if at else 0.0
+        under_way.add_row(f" {run_id}", ProgressBar(total=1.0, completed=done, width=20), told(at))
+    return Group(budgets_table(study), under_way, bar)
 
 
 def told(progress: dict) -> str:
-    """As "  step 5/10  loss 3.210  0:00:07 left"; nothing before a run has told anything."""
+    """As "step 5/10  loss 3.210  0:00:07 left"; nothing before a run has told anything."""
     if not progress:
         return ""
     left = progress.get("seconds_left")
-    return f"  step {progress['step']}/{progress['n_steps']}  loss {progress['loss']:.3f}" + (
+    return f"step {progress['step']}/{progress['n_steps']}  loss {progress['loss']:.3f}" + (
         f"  {duration(left)} left" if left is not None else ""
     )
 
@@ -96,7 +98,8 @@ def budgets_table(study: Study) -> Table:
         table.add_row(
             f"{budget.flops:.3g}",
             f"{states.count('done')}/{len(states)}",
-            *(str(states.count(state)) for state in ("running", "failed", "set aside")),
+            str(states.count("running")),
+            *(_red(states.count(state)) for state in ("failed", "set aside")),
             f"{budget.expected:,.0f}",
             f"{found.params:,.0f}{'' if found.interior else ' (edge)'}" if found else "",
             f"{found.loss:.4f}" if found else "",
@@ -116,6 +119,10 @@ def accounting_line(account: dict) -> str:
         f" {account['workers']} workers x {account['wall_seconds']:.1f} s"
         f" ({shares(account['seconds'], total)})"
     )
+
+
+def _red(n: int) -> str:
+    return f"[red]{n}[/]" if n else "0"
 
 
 def _n_runs(study: Study) -> int:

@@ -164,7 +164,8 @@ def test_the_live_picture(tmp_path):
     seen = console.export_text()
     assert "a run ended" in seen
     assert "1/8 runs, 3 % of 4.40e+10 FLOPs, 0:01:00, 0:28:" in seen
-    assert f"{under_way}  step 5/10  loss 3.210  0:00:07 left" in seen
+    line = next(line for line in seen.splitlines() if line.startswith(f" {under_way} ━"))
+    assert line.rstrip().endswith("━ step 5/10  loss 3.210  0:00:07 left")
 
 
 def test_seconds_left_are_by_the_flops_of_this_call(tmp_path, monkeypatch):
