@@ -150,10 +150,11 @@ def _show_status(study: Study, console: Console) -> int:
     study.refresh()
     console.print(budgets_table(study))
     total, done = study.total_flops(), study.done_flops()
-    left = study.seconds_left_elsewhere()
+    left, goodput = study.seconds_left_elsewhere(), study.goodput()
     console.print(
         f"{100 * done / total:.0f} % of {total:.3g} FLOPs done"
         + (f", {duration(left)} left" if left is not None else "")
+        + (f", goodput {100 * goodput:.0f} %" if goodput is not None else "")
     )
     for run_id, at in study.progress.items():
         owner = study.store.leases.last(run_id).owner

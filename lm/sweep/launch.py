@@ -96,6 +96,13 @@ class Study:
             return None
         return max(longest, (self.total_flops() - self.done_flops()) / sum(rates))
 
+    def goodput(self) -> float | None:
+        """The share of the finished runs' wall time that useful steps had; None where unknown."""
+        rows = [row for row in self.store.rows() if row["step_seconds"]]
+        if not rows:
+            return None
+        return sum(row["step_seconds"] for row in rows) / sum(row["wall_seconds"] for row in rows)
+
     def minima(self) -> list[grid.Minimum | None]:
         """Of each planned budget, from all of its finished runs."""
         losses = self.store.losses()

@@ -132,7 +132,7 @@ class Store:
 
 
 def _files(run_id: str) -> list[str]:
-    names = "log.txt", "config.json", "metrics.jsonl", "result.json"
+    names = "log.txt", "config.json", "metrics.jsonl", "events.jsonl", "result.json"
     return [f"runs/{run_id}/{name}" for name in names]
 
 

@@ -104,7 +104,7 @@ def begun_study(workdir):
     written = json.dumps({"schema": 1, "config": to_dict(done.config)})
     (store.folder(done.run_id) / "config.json").write_text(written)
     result = {"status": "done", "loss": 2.345, "flops": 1e9, "tokens": 10, "params": done.params}
-    result["wall_seconds"] = 60.0
+    result |= {"wall_seconds": 60.0, "step_seconds": 45.0}
     (store.folder(done.run_id) / "result.json").write_text(json.dumps(result))
     for run, end, reason in [
         (failed, "failed", "MemoryError: no room"),
@@ -128,7 +128,7 @@ def test_status(tmp_path, capsys):
     assert "    compiling\n    step 5\n" in out
     assert f"running: {under_way} (another-host:17)" in out
     # One worker, of which 1e9 FLOPs took a minute, has 43e9 before it.
-    assert "2 % of 4.4e+10 FLOPs done, 0:43:00 left" in out
+    assert "2 % of 4.4e+10 FLOPs done, 0:43:00 left, goodput 75 %" in out
     line = next(line for line in out.splitlines() if "1e+09" in line)
     assert [cell.strip() for cell in line.strip("│").split("│")][1:5] == ["1/4", "1", "1", "1"]
     assert "2.3450" in line
