@@ -53,6 +53,7 @@ class Heartbeat:
 def read_heartbeat(workdir: Path) -> dict[str, Any]:
     """The last one; empty where there is none."""
     try:
-        return json.loads((workdir / "heartbeat.json").read_text())
+        found = json.loads((workdir / "heartbeat.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

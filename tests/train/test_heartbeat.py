@@ -35,5 +35,6 @@ def test_what_cannot_be_written_or_read_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with Heartbeat(tmp_path / "file", dict):
         pass
-    (tmp_path / "heartbeat.json").write_text('{"torn')
-    assert read_heartbeat(tmp_path) == {}
+    for damaged in ('{"torn', "[1]"):
+        (tmp_path / "heartbeat.json").write_text(damaged)
+        assert read_heartbeat(tmp_path) == {}
