@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.command import BadInput, write_atomically
+from lm.command import BadInput, check_folder, write_atomically
 from lm.config import DataConfig
 from lm.data import chat, corpora, mixture, order, store, tokenizers
 from lm.data.corpora import Corpus
@@ -250,6 +250,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     what is wrong, and ``OSError`` where the disk is full; neither leaves anything half-written
     behind.
     """
+    check_folder("data.data_dir", config.data_dir, "data")
     data_dir, named = Path(config.data_dir), _named(config)
     total = sum(weight for _, weight in named)
     surveys: dict[str, store.Survey] = {}

@@ -196,6 +196,8 @@ def test_mixture_shares_one_tokenizer(mixed):
         ({"tokenizer": "wordpiece"}, "must be bytes, bpe:SIZE, or a tokenizer.json's path"),
         ({"tokenizer": "nothing.json"}, "nothing.json: cannot be read"),
         ({"files": "nothing*.txt"}, "no file matches"),
+        ({"data_dir": ""}, "data.data_dir is missing"),
+        ({"data_dir": f"{__file__}/data"}, "test_dataset.py is a file; a folder is needed"),
     ],
 )
 def test_impossible_settings(config, change, message):
