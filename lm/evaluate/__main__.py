@@ -31,7 +31,7 @@ flags.DEFINE_integer(
     "stride", 0, "Of a long document's windows (0: no overlap).", flag_values=FLAGS
 )
 flags.DEFINE_integer("tokens", 0, "Of the run's own data (0: as in training).", flag_values=FLAGS)
-flags.DEFINE_integer("documents", 0, "Of each source, the first (0: all).", flag_values=FLAGS)
+flags.DEFINE_integer("documents", 0, "Of each corpus, the first (0: all).", flag_values=FLAGS)
 flags.DEFINE_integer("batch_tokens", 8_192, "Positions computed at a time.", flag_values=FLAGS)
 flags.DEFINE_multi_string("task", [], "A task file; may be repeated.", flag_values=FLAGS)
 flags.DEFINE_integer("shots", 0, "Questions shown with their answers.", flag_values=FLAGS)

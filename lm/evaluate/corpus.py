@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +74,7 @@ def texts(
       corpus: as ``data.corpus`` (pd_english, text:GLOB, a TFDS name).
       split: all, or the part that ``lm.data`` would train on, validate or test with.
       stride: of windows of ``max_length`` tokens, for longer documents (0: ``max_length``).
-      most: documents of each source, the first ones (0: all).
+      most: documents, the first ones (0: all).
 
     Raises ``BadInput`` for a corpus that is not there, or that holds conversations.
     """
@@ -87,9 +86,7 @@ def texts(
     if split != "all":
         splits = store.survey(found).splits
         documents = (d for d, s in zip(found.read(), splits, strict=True) if s == split)
-    if most:
-        documents = _first(documents, most)
-    documents = iter(documents)
+    documents = itertools.islice(documents, most or None)
     while chunk := list(itertools.islice(documents, DOCUMENTS)):
         encoded = scorer.tokenizer.encode_batch([document.text for document in chunk])
         pairs, owners = [], []
@@ -100,21 +97,13 @@ def texts(
         judged = list(zip(owners, pairs, scorer.log_likelihoods(pairs), strict=True))
         for i, parts in itertools.groupby(judged, lambda part: part[0]):
             nats, n_bytes, positions = [], [], []
-            for _, (context, continuation), found in parts:
-                nats += found.token_log_probs
+            for _, (context, continuation), scored in parts:
+                nats += scored.token_log_probs
                 n_bytes.append(scorer.tokenizer.token_bytes[continuation])
                 positions.append(len(context) - 1 + np.arange(len(continuation)))
             yield Document(
                 chunk[i].source, -np.array(nats), np.concatenate(n_bytes), np.concatenate(positions)
             )
-
-
-def _first(documents: Iterable[corpora.Document], most: int) -> Iterator[corpora.Document]:
-    seen: Counter[str] = Counter()
-    for document in documents:
-        seen[document.source] += 1
-        if seen[document.source] <= most:
-            yield document
 
 
 def rolling(

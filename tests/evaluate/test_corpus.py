@@ -49,19 +49,23 @@ def test_held_out_windows_are_the_ones_of_training(scorer):
     assert told["perplexity"] == pytest.approx(math.exp(expected.mean()))
 
 
-def test_windows_are_of_the_documents_that_the_stream_has(scorer):
-    dataset = open_dataset(scorer[0].config.data)
+def test_targets_are_of_the_documents_that_the_stream_has(tmp_path):
+    """In windows that several short documents share."""
+    draw = np.random.default_rng(0)
+    texts = ("".join(draw.choice(list("abcdef"), draw.integers(5, 40))) for _ in range(200))
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    data = {"corpus": f"text:{tmp_path}/a.jsonl", "seq_len": 16, "validation_tokens": 128}
+    dataset = open_dataset(replace(CONFIG, data=data | {"data_dir": str(tmp_path)}).data)
     stream = dataset.sources[0].store.tokens["train"]
     numbers = np.cumsum(stream == 256) - (stream == 256)
-    for batch, source_B, document_BT in dataset.documents("train", 7):
+    seen = 0
+    for batch, source_B, document_BT in dataset.documents("train", 5):
         for b in np.flatnonzero(source_B == 0):
             row = [*batch.inputs_BT[b], batch.targets_BT[b, -1]]
-            at = [
-                i
-                for i in range(0, len(stream) - 48, 48)
-                if numbers[i + 1] == document_BT[b, 0] and (stream[i : i + 49] == row).all()
-            ]
-            assert any((numbers[i + 1 : i + 49] == document_BT[b]).all() for i in at)
+            (at,) = (i for i in range(0, len(stream) - 16, 16) if (stream[i : i + 17] == row).all())
+            np.testing.assert_array_equal(document_BT[b], numbers[at + 1 : at + 17])
+            seen += 1
+    assert seen == 8 and (source_B == -1).sum() == 2
 
 
 def test_texts_are_judged_whole_once_and_alone(scorer, tmp_path):

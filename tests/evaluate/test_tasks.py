@@ -53,14 +53,14 @@ QUESTIONS = [
 
 
 def test_choices_by_hand():
-    """The longer choice of the first is less likely, but more so a byte and a token."""
-    model = Told([[-1.0, -3.0], [-1.5] * 3, [-2.0], [-1.0]])
+    """The longer choice of the first is less likely, also a token, but likelier a byte."""
+    model = Told([[-1.0, -3.0], [-2.5] * 2, [-2.0], [-1.0]])
     records = by_likelihood(model, QUESTIONS)
     assert model.asked[:2] == [("Sky?", " blue"), ("Sky?", " transparent")]
     first, second = records
     assert first["prediction"] == "blue" and first["accuracy"] == 1
-    assert first["accuracy_per_byte"] == first["accuracy_per_token"] == 0
-    p = 1 / (1 + math.exp(-0.5))
+    assert first["accuracy_per_byte"] == 0 and first["accuracy_per_token"] == 1
+    p = 1 / (1 + math.exp(-1))
     assert first["brier_score"] == pytest.approx(2 * (1 - p) ** 2)
     told = summarise(records)
     assert told["examples"] == 2
