@@ -175,6 +175,7 @@ class Checkpoints:
 
         self._ocp, self._folder = ocp, (workdir / "checkpoints").absolute()
         self.damaged: dict[int, str] = {}
+        self._in_the_way: set[int] = set()  # those of them that are there still
         self._is_due = lambda step: bool(period) and step % period == 0
         kept = [policies.LatestN(newest), policies.CustomSteps([kept_step])]
         kept.append(_NewestOf(self._is_due))
@@ -203,8 +204,10 @@ class Checkpoints:
         args = self._ocp.args
         composite = args.Composite(state=args.PyTreeSave(state), meta=args.JsonSave(meta))
         with self._full_disk_told():
-            for damaged in set(self.damaged) & set(self._manager.all_steps()):
+            self._manager.wait_until_finished()
+            for damaged in self._in_the_way.intersection(self._manager.all_steps()):
                 self._manager.delete(damaged)
+            self._in_the_way.clear()
             n_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
             # Before it is half written, with room for what describes the arrays.
             if shutil.disk_usage(self._folder).free < 1.02 * n_bytes + 2**20:
@@ -267,6 +270,7 @@ class Checkpoints:
 
         found, damaged = hosts.agree(choose)
         self.damaged |= {int(at): reason for at, reason in damaged.items()}
+        self._in_the_way |= {int(at) for at in damaged}
         return found
 
     def _read(self, step: int, abstract: Any, meta: bool = False) -> tuple[Any, dict | None]:
@@ -279,7 +283,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _full_disk_told(self) -> Iterator[None]:
-        """TensorStore's own errors become the ``OSError`` that they were."""
+        """Makes of TensorStore's errors the ``OSError`` that they were. Not while it writes."""
         try:
             yield
         except Exception as error:

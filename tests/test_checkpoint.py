@@ -148,9 +148,11 @@ def test_a_damaged_step_is_removed_when_the_next_is_saved(workdir, state):
     assert meta == {"at": 1} and checkpoints.damaged.keys() == {7}
     assert (workdir / "checkpoints" / "7").exists()  # until there is a better one
     checkpoints.save(7, increased(found), {"at": "7 again"})
+    checkpoints.save(9, increased(found), {"at": 9})
     checkpoints.close()
     checkpoints = Checkpoints(workdir)
-    assert checkpoints.restore(shares(state))[1] == {"at": "7 again"}
+    assert checkpoints.restore(shares(state), 7)[1] == {"at": "7 again"}
+    assert checkpoints.restore(shares(state))[1] == {"at": 9}
     assert checkpoints.damaged == {}
     checkpoints.close()
 
