@@ -47,7 +47,6 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1)
 ROWS = 2  # windows that are computed at a time
-BINS_PER_DOUBLING = 14  # of the position
 GENERATIONS, CHILDREN, PARENTS = 6, 16, 4  # of the search for LongRoPE's factors
 SEARCH_WINDOWS = 8
 
@@ -218,9 +217,9 @@ def measured(workdir: Path) -> tuple[dict[str, list[np.ndarray]], dict]:
     return result, searched
 
 
-def bins() -> list[slice]:
+def bins(per_doubling: int = 14) -> list[slice]:
     """Positions, from 0, in bins of one and then of 5 %; every power of two ends one."""
-    stops = np.unique(np.round(2 ** (np.arange(200) / BINS_PER_DOUBLING)).astype(int))
+    stops = np.unique(np.round(2 ** (np.arange(200) / per_doubling)).astype(int))
     stops = stops[stops <= WANTED].tolist()
     return [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
 
@@ -243,11 +242,12 @@ def draw(losses: dict[str, list[np.ndarray]], path: Path) -> None:
     colours = dict(zip(scalings, ("0.15", "C0", "C1", "C2", "C4", "C5", "0.6"), strict=True))
     colours |= {"sinusoidal": "C3", "learned": "C8", "tuned_none": colours["rope"]}
     colours |= {f"tuned_{name}": colours[name] for name in ("linear", "ntk", "yarn")}
-    at = np.array([(part.start + part.stop + 1) / 2 for part in bins()])
+    parts = [part for part in bins(6) if part.start >= 8]
+    at = np.array([(part.start + part.stop + 1) / 2 for part in parts])
     for panel, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             loss_WT = np.mean(losses[name], 0)
-            mean, error = np.array([mean_and_error(loss_WT, part) for part in bins()]).T
+            mean, error = np.array([mean_and_error(loss_WT, part) for part in parts]).T
             solid = at <= (TRAINED if name == "learned" else WANTED * (name != "window"))
             style = {"color": colours[name], "lw": 1.4}
             panel.plot(at, np.where(solid, mean, np.nan), label=NAMES[name], **style)
@@ -257,10 +257,10 @@ def draw(losses: dict[str, list[np.ndarray]], path: Path) -> None:
         ends = [TRAINED] if "tune" not in title else [TRAINED, TUNED]
         for end in ends:
             panel.axvline(end, color="0.5", lw=0.8, ls=":")
-        panel.set(xscale="log", xlim=(1, WANTED), ylim=(1.2, 5.2), xlabel="position", title=title)
-        panel.set_xticks([1, 8, 32, 128, 512, 2048], ["1", "8", "32", "128", "512", "2,048"])
+        panel.set(xscale="log", xlim=(8, WANTED), ylim=(1.2, 5), xlabel="position", title=title)
+        panel.set_xticks([8, 32, 128, 512, 2048], ["8", "32", "128", "512", "2,048"])
         panel.minorticks_off()
-        panel.legend(fontsize=8, loc="upper center")
+        panel.legend(fontsize=8, loc="upper center", ncol=2, framealpha=1)
     axes[0].set_ylabel("loss, nats a byte")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
