@@ -172,12 +172,12 @@ class _Run:
             with self.clock.on(clock.STEP):
                 self.status = self._steps()
                 if self.status == "stopped":
-                    if not self._read(0):
+                    if not self._read(0) and self.step > self.began:
                         self._save()
                     return None
         found = result(
             *(self.config, self.recipe, self.dataset),
-            *(self.status, self.step, self.scored, self.clock.seconds()),
+            *(self.status, self.step, self.rollbacks, self.scored, self.clock.seconds()),
         )
         if hosts.is_first():
             write_atomically(self.workdir / "result.json", json.dumps(found, indent=1))
@@ -194,14 +194,10 @@ class _Run:
             trouble = self._read(unread=0 if self._is_stop(self.step) else 1)
             if trouble and not self._roll_back(trouble):
                 return "diverged"
-            always = self.recipe.n_steps, self.recipe.branch_step
-            # To be gone back to, a state must be one that took its last step.
-            if (
-                not trouble
-                and self._saves_at(self.step)
-                and (not self.skips or self.step in always)
-            ):
-                self._save()
+            if not trouble and self._saves_at(self.step):
+                # To be gone back to, a state must be one that took its last step.
+                if not self.skips or self.step in (self.recipe.n_steps, self.recipe.branch_step):
+                    self._save()
         return "done"
 
     def _dispatch(self) -> None:

@@ -17,6 +17,7 @@ def result(
     dataset: data.Dataset,
     status: str,
     step: int,
+    rollbacks: int,
     scored: tuple[int, Score] | None,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def result(
         "flops": tokens * recipe.flops_per_token,
         "flops_convention": arithmetic.DEFAULT_CONVENTION,
         "n_steps": recipe.n_steps,
+        "rollbacks": rollbacks,
         "batch_tokens": recipe.batch_tokens,
         "learning_rate": recipe.learning_rate,
         "warmup_tokens": recipe.warmup_tokens,

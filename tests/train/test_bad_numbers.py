@@ -169,6 +169,7 @@ def test_after_skips_in_a_row_it_goes_back_and_on_at_a_lower_rate(
     wanted = steps(config, program, dataset, state, 10, N_STEPS, factor=0.5)
     assert_equal(final_state(program, tmp_path), wanted)
     assert result["status"] == "done" and "last_good_loss" not in result
+    assert result["rollbacks"] == 1
     assert kinds(tmp_path) == [*((i + 1, "skipped") for i in POISONED), (14, "rollback")]
     rollback = read_events(tmp_path)[-1]
     assert rollback["to"] == 10 and rollback["rate_factor"] == 0.5

@@ -120,6 +120,34 @@ def test_a_checkpoint_restores_onto_another_mesh(config, programs, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_resumed_on_another_mesh_it_ends_the_same_to_1e_5(config, programs, tmp_path):
+    config = replace(config, train={"checkpoint_every": 7, "evaluate_every": 5})
+    other = replace(config, mesh={"data": 2, "model": 4, "zero": 3})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    wanted = loop.train(config, whole, programs=programs)
+
+    def signalled(progress):
+        if progress.step == 14:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.05)  # a thread notes it
+
+    with pytest.raises(Preempted):
+        loop.train(config, parts, programs=programs, progress=signalled)
+    with pytest.raises(BadInput, match="config.mesh.data: 8 -> 2"):
+        loop.train(other, parts)
+    found = loop.train(other, parts, force=True)
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    for one, two in zip(read_metrics(parts), read_metrics(whole), strict=True):
+        assert one["step"] == two["step"]
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5),
+        final_params(other, parts).params,
+        final_params(config, whole).params,
+    )
+
+
 def test_a_finished_run_is_returned_and_another_config_refused(config, programs, tmp_path):
     result = loop.train(config, tmp_path, programs=programs)
     assert loop.train(config, tmp_path) == result
