@@ -167,6 +167,15 @@ def test_where_all_are_damaged_there_is_none(workdir, state):
         load_params(workdir, CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
 
 
+def test_a_state_of_another_shape_is_not_made_to_fit(workdir, state):
+    other = replace(CONFIG, model={"d_ff": 32})
+    wanted = Program(other, make_mesh(CONFIG.mesh, jax.devices()[:1])).init(0)
+    checkpoints = Checkpoints(workdir)
+    with pytest.raises(ValueError, match="shape"):
+        checkpoints.restore(shares(wanted))
+    checkpoints.close()
+
+
 def test_the_newest_are_kept_and_chosen_ones_for_ever(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, kept_step=3, newest=2, every=4)
     for step in range(1, 12):
