@@ -16,6 +16,11 @@ REQUIRED = "other exits < 60 s, resumes to the same result"
 COLUMNS = ("faults", "victim", "step", "other_exits_after_seconds", "other_says", "wrong")
 
 
+def told(rows: list[dict]) -> str:
+    """What the table says besides."""
+    return f"out after {max(float(row['other_exits_after_seconds']) for row in rows)} s at most"
+
+
 def cannot_run() -> str:
     """Why not here, or an empty string."""
     return ""

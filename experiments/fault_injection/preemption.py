@@ -15,6 +15,11 @@ COLUMNS = ("faults", "most_seconds_to_exit", "most_lost_steps", "wrong")
 SIGNALS = 4
 
 
+def told(rows: list[dict]) -> str:
+    """What the table says besides."""
+    return f"out after {max(float(row['most_seconds_to_exit']) for row in rows)} s at most"
+
+
 def cannot_run() -> str:
     """Why not here, or an empty string."""
     return ""

@@ -9,7 +9,7 @@ A fault is a file of this folder with ``FAULT`` (what it is), ``TIMES`` (how oft
 (what must hold), ``COLUMNS`` (of its rows), ``cannot_run()`` (why not here, or "") and
 ``trial(number, folder)``, which breaks something in the new ``folder`` and returns a dict of
 ``COLUMNS``: ``faults``, how many it did; ``wrong``, what then was not as required ("" for nothing);
-and its measures. ``number`` seeds its choices.
+and its measures. ``number`` seeds its choices. It may have ``told(rows)``, a phrase for the table.
 """
 
 import csv
@@ -113,6 +113,8 @@ def as_table(rows: dict[str, list[dict]]) -> str:
         done = sum(int(row["faults"]) for row in found)
         good = sum(not row["wrong"] for row in found)
         result = f"{good} of {len(found)} trials" if found else "not run"
+        if found and hasattr(fault, "told"):
+            result += f"; {fault.told(found)}"
         lines.append(f"| {fault.FAULT} | {done} of {fault.TIMES} | {fault.REQUIRED} | {result} |")
     return "\n".join(lines + costs(COSTS)) + "\n"
 

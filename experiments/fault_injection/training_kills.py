@@ -19,6 +19,13 @@ COLUMNS = ("faults", "starting", "inside_writes", "most_lost_steps", "unreadable
 MOMENTS = ("writing", "any", "writing", "any", "starting")
 
 
+def told(rows: list[dict]) -> str:
+    """What the table says besides."""
+    inside = sum(int(row["inside_writes"]) for row in rows)
+    lost = max(int(row["most_lost_steps"]) for row in rows)
+    return f"{inside} inside a write; at most {lost} steps lost, at an interval of {training.EVERY}"
+
+
 def cannot_run() -> str:
     """Why not here, or an empty string."""
     return ""
