@@ -8,6 +8,7 @@ host is which, elsewhere LM_COORDINATOR=HOST:PORT (process 0's host), LM_PROCESS
 
 import contextlib
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -67,11 +68,13 @@ def _train(config: Config, profiled: tuple[int, int] | None) -> None:
         if result["loss"] is not None
         else f"{result['status']} after {result['tokens']:,} tokens"
     )
+    if last_good := result.get("last_good_loss"):
+        print(f"last good loss {last_good:.4f} nats a token, at step {result['last_good_step']:,}")
     seconds = {part: result.get(f"{part}_seconds", 0.0) for part in PARTS}
     if result.get("goodput"):
         told = shares(seconds, result["wall_seconds"])
         print(f"goodput {100 * result['goodput']:.1f} % ({told})")
-    if profiled:
+    if profiled and Path(FLAGS.workdir, "profile").exists():  # not of a run that was done before
         print(f"trace of steps {FLAGS.profile}: xprof --logdir={FLAGS.workdir}/profile")
 
 

@@ -1,11 +1,10 @@
 """What a run tells of its steps while it trains: the lines of its log, and its events."""
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from absl import logging
 
 from lm import hosts
 from lm.config import Config
@@ -74,8 +73,12 @@ class Journal:
         self.n_events += 1
         if self._events:
             self._events.write({"step": step, "event": event, **values})
-            told = (f"{k} {v}" for k, v in values.items() if not isinstance(v, list))
-            logging.warning("step %d: %s (%s)", step, event, ", ".join(told))
+            told = (
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in values.items()
+                if not isinstance(value, list)
+            )
+            print(f"step {step}: {event} ({', '.join(told)})", file=sys.stderr)
 
     def take(
         self, step: int, metrics: Metrics, n: int, seconds: float, validation: Score | None
