@@ -31,7 +31,7 @@ def campaign(monkeypatch, tmp_path, capsys):
 def fault(trial, why=""):
     return SimpleNamespace(
         FAULT="made up", TIMES=5, REQUIRED="nothing", COLUMNS=("faults", "measure", "wrong"),
-        cannot_run=lambda: why, trial=trial,
+        cannot_run=lambda: why, trial=trial, told=lambda rows: f"{rows[-1]['faults']} at last",
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_it_goes_on_after_the_last_trial_and_tells_what_was_wrong(campaign, monk
     code, printed = call()
     assert seen == [0, 1, 1, 2] and code == 1
     assert "none: skipped, no root" in printed
-    row = "| made up | 5 of 5 | nothing | 2 of 3 trials |\n"
+    row = "| made up | 5 of 5 | nothing | 2 of 3 trials; 1 at last |\n"
     assert row in printed and row in (tmp_path / "out/README.md").read_text()
     assert (tmp_path / "out/README.md").read_text().endswith("after\n")
     with (tmp_path / "out/results/one.csv").open() as file:
