@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from lm import checksums, hosts
 from lm import config as configuration
-from lm.command import BadInput, InUse, json_object, write_atomically
+from lm.command import BadInput, InUse, json_object, naming, write_atomically
 from lm.model import Decoder
 from lm.sharding import layout, stored_shardings
 
@@ -86,10 +86,11 @@ def _locked(workdir: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
                 raise  # a file system without locks goes without
-        file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        file.write(f"process {os.getpid()} of {socket.gethostname()}, since {since},")
-        file.flush()
+        with naming(workdir / "lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}, since {since},")
+            file.flush()
         yield
 
 
