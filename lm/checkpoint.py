@@ -76,12 +76,12 @@ def _finished(workdir: Path, config: configuration.Config, force: bool) -> dict 
 def _locked(workdir: Path) -> Iterator[None]:
     """Holds the folder's lock, which the kernel takes back from a process that dies."""
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "lock", "a+") as file:
+    with open(workdir / "lock", "ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read() or "another process"  # which has not written its name yet
+            holder = file.read().decode() or "another process"  # which has not written its name yet
             raise InUse(f"{workdir}: {holder} is training there") from None
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
@@ -89,8 +89,7 @@ def _locked(workdir: Path) -> Iterator[None]:
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         with naming(workdir / "lock"):
             file.truncate(0)
-            file.write(f"process {os.getpid()} of {socket.gethostname()}, since {since},")
-            file.flush()
+            file.write(f"process {os.getpid()} of {socket.gethostname()}, since {since},".encode())
         yield
 
 
