@@ -25,6 +25,7 @@ from lm.evaluate.tasks import Prompting, by_likelihood, by_writing
 from lm.scaling import TokenLossLaw, emergence_score, exact_match, sharpness, token_accuracy
 from lm.train.device import keep_compiled
 from lm.train.loop import train
+from lm.train.metrics import read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -218,7 +219,7 @@ def draw(rows: list[dict], path: Path) -> None:
             (line,) = panel.plot(params, values.mean(1), style, ms=4, lw=1.4, label=label, **kinds)
             if "o" in style:
                 for seed in values.T:
-                    panel.plot(params, seed, ".", ms=4, alpha=0.5, color=line.get_color())
+                    panel.plot(params, seed, ".", ms=6, alpha=0.5, color=line.get_color())
 
         of("exact_match", row[0], "greedy answers", color="C3")
         of("drawn_match", row[0], "drawn answers", "s--", color="C1")
@@ -231,7 +232,7 @@ def draw(rows: list[dict], path: Path) -> None:
         of("token_brier_score", row[1], "Brier score a token", color="C2")
         of("edit_distance", row[1], "edit distance a token", color="C0")
         of("loss", row[2], "nats a token", color="C0")
-        told = f"$(N / {law.c:,.0f})^{{{law.alpha:.2f}}}$"
+        told = f"$(N / {law.c / 1e3:.1f}\\,k)^{{{law.alpha:.2f}}}$"
         row[2].plot(dense, law.loss(dense), color="0.6", lw=1, label=told)
         chance = np.log(10 if task == "addition" else problems.MODULUS)
         row[2].axhline(chance, color="0.4", lw=0.8, ls=":")
@@ -248,6 +249,40 @@ def draw(rows: list[dict], path: Path) -> None:
             panel.set_ylim(-0.04, 1.04)
     for panel in axes[-1]:
         panel.set_xlabel("parameters, blocks and head")
+    _save(figure, path)
+
+
+def curves(workdir: Path) -> list[dict]:
+    """The training loss of every run, along its tokens."""
+    return [
+        {"corpus": corpus, "width": width, "seed": seed, "tokens": line["tokens"],
+         "train_loss": round(line["train_loss"], 4)}
+        for corpus, width, seed in runs()
+        for line in read_metrics(workdir / f"{corpus}_{width}-s{seed}")
+    ]  # fmt: skip
+
+
+def draw_training(lines: list[dict], path: Path) -> None:
+    """A panel a corpus, a curve a run."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    widths = sorted({line["width"] for line in lines})
+    colours = dict(zip(widths, plt.cm.viridis(np.linspace(0, 0.95, len(widths))), strict=True))
+    for panel, corpus in zip(axes, problems.CORPORA, strict=True):
+        for width in widths:
+            for seed, style in zip(SEEDS, ("-", "--"), strict=False):
+                key = (corpus, width, seed)
+                run = [x for x in lines if (x["corpus"], x["width"], x["seed"]) == key]
+                points = np.array([(x["tokens"], x["train_loss"]) for x in run])
+                label = f"width {width}" if seed == SEEDS[0] else None
+                panel.plot(*points.T, style, lw=1.2, color=colours[width], label=label)
+        panel.set(xlabel="tokens", title=f"corpus {corpus} (dashed: seed 1)", ylim=(1, 2))
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
+    axes[0].set_ylabel("training loss, nats a token")
+    axes[1].legend(fontsize=7, ncol=2)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100, format="png", metadata={"Software": None})
     write_atomically(path, buffer.getvalue())
@@ -274,6 +309,9 @@ def main() -> None:
         train_all(workdir)
     rows = measured(workdir)
     write_atomically(results / "metrics.csv", as_csv(rows))
+    lines = curves(workdir)
+    write_atomically(results / "curves.csv", as_csv(lines))
+    draw_training(lines, results / "training.png")
     write_atomically(results / "summary.json", json.dumps(summarise(rows), indent=1) + "\n")
     tables = "\n".join(table(rows, task) for task in problems.TASKS)
     write_atomically(results / "table.md", tables)
