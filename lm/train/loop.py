@@ -40,6 +40,8 @@ from lm.train.result import result
 from lm.train.step import Metrics, Program, State
 
 EVALUATION_SEQUENCES = 32  # rows of an evaluation batch; the score does not depend on it
+# A signal waits for one or two dispatches, and has to be acted on before it is enforced.
+LONGEST_DISPATCH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class _Run:
         self.status = ""
         self.scored: tuple[int, Score] | None = None  # the last good evaluation, and its step
         self.skips = 0  # in a row, up to the newest step that was read
+        self.n_dispatched = config.train.steps_per_dispatch  # steps of the next dispatch, at most
         self.rollbacks = 0
         self.checkpoints: Checkpoints | None = None
         # After the newest dispatch: the state, the steps done, and the batches that come next.
@@ -227,6 +230,8 @@ class _Run:
             flight = self.flights.popleft()
             metrics = jax.device_get(flight.metrics)
             seconds, n = self._lap(), flight.end - flight.start
+            fit = int(LONGEST_DISPATCH_SECONDS * n / seconds)
+            self.n_dispatched = min(max(fit, 1), self.config.train.steps_per_dispatch)
             trouble, validation, rate = "", None, n / seconds
             if taken := self._too_many_skips(metrics.skipped[:n]):
                 trouble, n = f"{self.skips} steps in a row were skipped", taken
@@ -368,8 +373,8 @@ class _Run:
 
     def _next_stop(self, step: int) -> int:
         """The step at which the next dispatch ends: full, or where something is due."""
-        train = self.config.train
-        stops = [step + train.steps_per_dispatch, self.recipe.n_steps]
+        train, n = self.config.train, hosts.agree(lambda: self.n_dispatched)
+        stops = [step + n, self.recipe.n_steps]
         stops += [at for at in self.profile.steps if at > step]
         for every in (train.evaluate_every, train.checkpoint_every):
             if every > 0:

@@ -123,7 +123,7 @@ def test_a_checkpoint_restores_onto_another_mesh(config, programs, tmp_path):
 @pytest.mark.slow
 def test_resumed_on_another_mesh_it_ends_the_same_to_1e_5(config, programs, tmp_path):
     config = replace(config, train={"checkpoint_every": 7, "evaluate_every": 5})
-    other = replace(config, mesh={"data": 2, "model": 4, "zero": 3})
+    other = replace(config, mesh={"data": 4, "model": 2, "zero": 3})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     wanted = loop.train(config, whole, programs=programs)
 
@@ -134,7 +134,7 @@ def test_resumed_on_another_mesh_it_ends_the_same_to_1e_5(config, programs, tmp_
 
     with pytest.raises(Preempted):
         loop.train(config, parts, programs=programs, progress=signalled)
-    with pytest.raises(BadInput, match="config.mesh.data: 8 -> 2"):
+    with pytest.raises(BadInput, match="config.mesh.data: 8 -> 4"):
         loop.train(other, parts)
     found = loop.train(other, parts, force=True)
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
@@ -293,6 +293,17 @@ def test_preempted_at_every_dispatch_it_ends_bit_identical(config, programs, tmp
     jax.tree.map(
         np.testing.assert_array_equal, final_params(config, parts), final_params(config, whole)
     )
+
+
+def test_no_dispatch_is_longer_than_a_signal_can_wait(config, programs, tmp_path, monkeypatch):
+    config = replace(config, train={"steps_per_dispatch": 3})
+    wanted = loop.train(config, tmp_path / "whole", programs=programs)
+    monkeypatch.setattr(loop, "LONGEST_DISPATCH_SECONDS", 1e-9)
+    seen = []
+    found = loop.train(config, tmp_path / "parts", programs=programs, progress=seen.append)
+    # The speed is known when the first has ended, and the second is under way.
+    assert [progress.step for progress in seen] == [3, 6, *range(7, 21)]
+    assert timeless(found) == timeless(wanted)
 
 
 def test_without_checkpoints_a_signal_ends_at_once(config, programs, tmp_path):
