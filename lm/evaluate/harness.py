@@ -8,9 +8,12 @@ model `lm` for ``lm_eval.simple_evaluate``.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from lm.checkpoint import load_config
 from lm.command import BadInput
+from lm.data import open_template, open_tokenizer
 from lm.evaluate.corpus import rolling
 from lm.evaluate.scorer import Scorer
 from lm.generate.sampling import Sampling
@@ -53,8 +56,30 @@ class HarnessModel(LM):
         device: Any = None,
     ):
         super().__init__()
-        self.scorer = Scorer.open(workdir, max_length=max_length, batch_tokens=batch_tokens)
+        config = load_config(Path(workdir))
+        tokenizer = open_tokenizer(config.data)
+        self.template = open_template(config.data, tokenizer)
+        ends, _ = tokenizer.encode_marked(self.template.special["eos_token"])
+        self.scorer = Scorer.open(
+            workdir, max_length=max_length, batch_tokens=batch_tokens, marked=True,
+            stop=ends.tolist() if len(ends) == 1 else (),
+        )  # fmt: skip
         self.max_gen_toks, self.seed = max_gen_toks, seed
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By which lm-eval tells its caches apart."""
+        return self.scorer.tokenizer.fingerprint
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the run's template writes it."""
+        return self.template.render(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template itself, for lm-eval's notes."""
+        return self.template.source if chat_template else ""
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(nats of the continuation, whether greedy decoding writes it) of each pair."""

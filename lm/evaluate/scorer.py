@@ -71,6 +71,8 @@ class Scorer:
       mesh: rows of a batch are divided over its data axes.
       max_length: the longest input in tokens; 0: the length that the run was trained at.
       batch_tokens: positions that are computed at a time.
+      marked: a special token's name in a text is that token, as chat templates write it.
+      stop: ids that end what is written, beside end of text.
 
     Raises:
       BadInput: a tokenizer with more ids than the embedding, or a ``max_length`` beyond learned
@@ -85,6 +87,8 @@ class Scorer:
         mesh: Mesh,
         max_length: int = 0,
         batch_tokens: int = 8_192,
+        marked: bool = False,
+        stop: Sequence[int] = (),
     ):
         check_vocabulary(config, tokenizer.vocab_size)
         trained = config.data.seq_len
@@ -92,7 +96,8 @@ class Scorer:
         if config.model.position == "learned" and self.max_length > trained:
             raise BadInput(f"max_length = {max_length}: learned positions end at {trained}")
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self._mesh, self._batch_tokens = mesh, batch_tokens
+        self._mesh, self._batch_tokens, self._marked = mesh, batch_tokens, marked
+        self._stop = [tokenizer.end_of_text, *stop]
         self._layout = layout(config, mesh)
         longest = trained if config.model.position == "learned" else self.max_length
         model = dataclasses.replace(config.model, remat="none")
@@ -107,7 +112,7 @@ class Scorer:
     def open(cls, workdir: str | Path, **settings: Any) -> "Scorer":
         """Of the newest checkpoint of a run's folder, on all devices here.
 
-        ``settings``: ``max_length`` and ``batch_tokens``. Raises ``BadInput`` where the folder
+        ``settings``: what has a default above. Raises ``BadInput`` where the folder
         holds no run.
         """
         config = load_config(Path(workdir))
@@ -184,14 +189,19 @@ class Scorer:
             raise BadInput("a pair of text and tokens: must be two texts, or tokens of both")
         if not isinstance(context, str):
             return [int(i) for i in context], [int(i) for i in continuation]
+        first, joint = (self._encode(text) for text in (context.rstrip(), context + continuation))
+        return self._started(first), joint[len(first) :]
+
+    def _encode(self, text: str) -> list[int]:
+        encode = self.tokenizer.encode
+        return (self.tokenizer.encode_marked(text)[0] if self._marked else encode(text)).tolist()
+
+    def _started(self, ids: list[int]) -> list[int]:
+        """After what stands before a text, unless it is there; end of text alone for nothing."""
         start = list(self.tokenizer.prefix)
-        if not context.strip():
-            joint = self.tokenizer.encode(context + continuation).tolist()
-            return start or [self.tokenizer.end_of_text], joint
-        stripped = context.rstrip()
-        joint = self.tokenizer.encode(context + continuation).tolist()
-        first = self.tokenizer.encode(stripped).tolist()
-        return start + first, joint[len(first) :]
+        if self._marked and start and ids[: len(start)] == start:
+            return ids
+        return start + ids or [self.tokenizer.end_of_text]
 
     def generate(
         self,
@@ -236,14 +246,13 @@ class Scorer:
         if key not in self._generators:
             self._generators[key] = Generator(
                 *(self.config, self.params, positions, self._mesh, sampling),
-                stop=[self.tokenizer.end_of_text],
+                stop=self._stop,
             )
         return self._generators[key]
 
     def _prompt(self, prompt: Text, max_tokens: int, cut: bool) -> list[int]:
         if isinstance(prompt, str):
-            prompt = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt).tolist()]
-            prompt = prompt or [self.tokenizer.end_of_text]
+            prompt = self._started(self._encode(prompt))
         room = self.max_length - max_tokens
         if len(prompt) > room:
             if not cut or room < 1:

@@ -132,6 +132,15 @@ def test_it_agrees_with_our_own_evaluation(ours, workdir):
     )
 
 
+def test_chats_are_written_by_the_runs_template(workdir):
+    model = HarnessModel(str(workdir))
+    text = model.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert text == "<|user|>\nHi<|endoftext|>\n<|assistant|>\n"
+    context, _ = model.scorer.encode_pair(text, "Hello")
+    assert context.count(256) == 1 and "messages" in model.chat_template(True)
+    assert model.tokenizer_name == "bytes-257"
+
+
 def test_how_a_task_asks_for_text(workdir):
     model = HarnessModel(str(workdir), max_gen_toks=3)
 

@@ -147,7 +147,7 @@ def test_pairs_are_encoded_together():
     tokenizer._tokenizer = Tokenizer.from_str(train_bpe(texts, 270))
     tokenizer.prefix, tokenizer.end_of_text = (), 256
     scorer = Scorer.__new__(Scorer)
-    scorer.tokenizer = tokenizer
+    scorer.tokenizer, scorer._marked = tokenizer, False
     context, continuation = scorer.encode_pair("the cat ", "and")
     assert context == tokenizer.encode("the cat").tolist()
     assert continuation == tokenizer.encode(" and").tolist()
@@ -155,6 +155,18 @@ def test_pairs_are_encoded_together():
     tokenizer.prefix = (7,)
     assert scorer.encode_pair("the", " cat")[0][0] == 7
     assert scorer.encode_pair("", "the")[0] == [7]
+
+
+def test_special_tokens_by_name_only_when_asked():
+    scorer = Scorer.__new__(Scorer)
+    scorer.tokenizer, scorer._marked = ByteTokenizer(), False
+    pair = ("<|endoftext|>a", "b")
+    assert scorer.encode_pair(*pair) == (list(b"<|endoftext|>a"), list(b"b"))
+    scorer._marked = True
+    assert scorer.encode_pair(*pair) == ([256, *b"a"], list(b"b"))
+    scorer.tokenizer.prefix = (256,)  # is there already
+    assert scorer.encode_pair(*pair)[0] == [256, *b"a"]
+    assert scorer.encode_pair("a", "b")[0] == [256, *b"a"]
 
 
 @pytest.mark.slow
