@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lm import command
-from lm.checkpoint import claim, load_config, load_params
+from lm.checkpoint import Checkpoints, claim, load_config, load_params
 from lm.config import Config, MeshConfig, replace
 from lm.data import open_tokenizer
 from lm.data.tokenizers import ByteTokenizer
@@ -16,6 +16,7 @@ from lm.interop import __main__ as interop
 from lm.interop import to_transformers, write_folder
 from lm.interop.tensors import pieces
 from lm.interop.tokenizer import companions
+from lm.model import Decoder
 from lm.sharding import make_mesh
 from lm.train.loop import train
 from tests.interop.test_tensors import random_params
@@ -24,7 +25,7 @@ from tests.interop.test_tensors import random_params
 @pytest.fixture
 def call(capsys):
     def call(*arguments):
-        verbs = {"import": interop.import_, "export": interop.export}
+        verbs = {"import": interop.import_, "export": interop.export, "merge": interop.merge}
         code = command.run(verbs, interop.FLAGS, interop.__doc__, ["lm.interop", *arguments])
         captured = capsys.readouterr()
         assert code == 0 or captured.err.count("\n") == 1
@@ -149,3 +150,61 @@ def test_what_no_family_computes_is_not_exported(call, tmp_path):
     code, _, err = call("export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
     assert code == 2 and "no family of transformers computes this" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(params=[False, True], ids=["unrolled", "scanned"])
+def adapted(request, tmp_path):
+    """A run with adapters that were trained."""
+    lora = dict(rank=3, alpha=6.0, targets=("query", "out", "down"))
+    config = replace(CONFIG, model=dict(lora=lora, scan_layers=request.param))
+    config = replace(config, mesh={"data": 1}, train={"init_from": "runs/base"})
+    claim(tmp_path / "run", config)
+    checkpoints = Checkpoints(tmp_path / "run")
+    params = jax.tree.map(lambda x: 0.3 * x, random_params(config))
+    checkpoints.save(1, {"params": params}, {"schema": 1})
+    checkpoints.close()
+    return tmp_path / "run", config, params
+
+
+def test_adapters_are_merged_into_plain_weights(call, adapted, tmp_path):
+    run, config, params = adapted
+    code, told, _ = call("merge", f"--from={run}", f"--to={tmp_path / 'merged'}")
+    assert code == 0 and "parameters" in told
+    merged = load_config(tmp_path / "merged")
+    plain_model = replace(CONFIG, model={"scan_layers": config.model.scan_layers}).model
+    assert merged.model == plain_model and not merged.train.init_from
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    plain = load_params(tmp_path / "merged", merged, mesh)
+    tokens_BT = np.arange(24).reshape(2, 12)
+    found = Decoder(merged.model, 32).apply({"params": plain}, tokens_BT)
+    wanted = Decoder(config.model, 32).apply({"params": params}, tokens_BT)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    code, _, error = call("merge", f"--from={tmp_path / 'merged'}", f"--to={tmp_path / 'again'}")
+    assert code == 2 and "has no adapters" in error and not (tmp_path / "again").exists()
+    code, _, error = call(
+        "export", "--adapters", f"--from={tmp_path / 'merged'}", f"--to={tmp_path / 'again'}"
+    )
+    assert code == 2 and "has no adapters" in error and not (tmp_path / "again").exists()
+
+
+def test_exported_adapters_make_the_exported_weights(call, adapted, tmp_path):
+    """W + alpha / r B A, as peft applies what it reads."""
+    run, config, params = adapted
+    assert call("export", f"--from={run}", f"--to={tmp_path / 'whole'}")[0] == 0
+    assert call("export", "--adapters", f"--from={run}", f"--to={tmp_path / 'peft'}")[0] == 0
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    adapters = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["down_proj", "o_proj", "q_proj"]
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (3, 6.0, "LORA")
+    assert settings["base_model_name_or_path"] == "runs/base"
+    assert len(adapters) == 2 * 2 * 3  # A and B, of two layers, of three matrices
+    base = {name: piece() for name, (_, piece) in pieces(config.model, params).items()}
+    for name, a in adapters.items():
+        if name.endswith("lora_A.weight"):
+            place = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = adapters[name.replace("lora_A", "lora_B")]
+            assert a.shape[0] == b.shape[1] == 3
+            np.testing.assert_allclose(
+                whole[f"{place}.weight"], base[f"{place}.weight"] + 2 * b @ a, atol=1e-6
+            )

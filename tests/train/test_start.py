@@ -5,6 +5,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from flax.core import meta
 from flax.traverse_util import flatten_dict
 
 from lm.checkpoint import Checkpoints, abstract_params, claim, load_config, load_params
@@ -103,6 +104,47 @@ def test_fine_tuning_is_a_run_that_begins_at_the_folders_loss(base, talk, tmp_pa
         tokens += batch.weights_BT.sum()
     assert result["loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert result["validation_tokens"] == tokens < 64
+
+
+def test_packed_conversations_are_as_if_each_were_alone(talk):
+    """The loss is the answers' nats, summed by hand; and so is its gradient."""
+    decoder = Decoder(MODEL, 64)
+    params = meta.unbox(decoder.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"])
+    batch = open_dataset(talk).batch(0, 0, 2)
+    assert batch.segments_BT.max() >= 2
+    alone = []
+    for inputs, targets, weights, segments, _ in zip(*batch, strict=True):
+        for number in range(segments.max() + 1):
+            mine = segments == number
+            if weights[mine].any():
+                alone.append((inputs[mine], targets[mine], np.flatnonzero(weights[mine])))
+    texts = [BYTES.decode(targets[answer]) for _, targets, answer in alone]
+    assert {text.removesuffix("<|endoftext|>") for text in texts} <= {w.upper() for w in words()}
+
+    def packed(params):
+        logits_BTV = decoder.apply(
+            {"params": params}, batch.inputs_BT, batch.segments_BT, batch.positions_BT
+        )
+        return cross_entropy(logits_BTV, batch.targets_BT, batch.weights_BT)
+
+    def by_hand(params):
+        total = 0.0
+        for inputs, targets, answer in alone:
+            row = np.zeros((1, 64), np.int32)  # what comes after changes nothing before it
+            row[0, : len(inputs)] = inputs
+            log_p_TV = jax.nn.log_softmax(decoder.apply({"params": params}, row)[0])
+            total -= log_p_TV[answer, targets[answer]].sum()
+        return total
+
+    (found, gradient), (wanted, wanted_gradient) = (
+        jax.jit(jax.value_and_grad(f))(params) for f in (packed, by_hand)
+    )
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        gradient,
+        wanted_gradient,
+    )
 
 
 @pytest.mark.parametrize(
