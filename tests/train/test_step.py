@@ -4,9 +4,10 @@ import numpy as np
 import optax
 import pytest
 
+from lm import arithmetic
 from lm.config import Config, MeshConfig, ModelConfig, replace
 from lm.data import Batch
-from lm.model import Decoder, cross_entropy
+from lm.model import Decoder, cross_entropy, lora
 from lm.sharding import make_mesh, placed
 from lm.train.schedule import Schedule
 from lm.train.step import Program
@@ -155,6 +156,68 @@ def test_scan_and_remat_are_the_same_run(plain):
             state = state._replace(params=params)
         _, metrics = program.train(state, program.put(batches()), 4, SCHEDULE)
         np.testing.assert_allclose(metrics.loss, plain[1].loss, rtol=1e-5)
+
+
+LORA = replace(CONFIG, model={"lora": {"rank": 4, "alpha": 8.0}})
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    return train(LORA)
+
+
+def test_only_adapters_are_trained_and_have_optimizer_state(adapted):
+    state, metrics, program = adapted
+    start = jax.device_get(program.init(seed=1).params)
+    moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), start, state.params)
+    for path, value in jax.tree_util.tree_leaves_with_path(moved):
+        assert value == (path[-1].key in lora.NAMES), path
+    count = arithmetic.parameters(LORA.model)
+    n_bytes = sum(x.nbytes for x in jax.tree.leaves(state.moments))
+    assert n_bytes == 8 * count.adapters + 4  # two moments, and Adam's count of steps
+    assert metrics.gradient_norm[0] > 0
+
+
+def test_adapters_after_one_step_are_adams(adapted):
+    """Against optax's partition of the whole tree."""
+    program = adapted[2]
+    start = jax.device_get(program.init(seed=1).params)
+    batch = jax.tree.map(lambda x: x[0], batches())
+
+    def loss(params):
+        logits = Decoder(LORA.model, 8).apply({"params": params}, batch.inputs_BT)
+        return cross_entropy(logits, batch.targets_BT, batch.weights_BT) / batch.weights_BT.sum()
+
+    labels = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in lora.NAMES, start)
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.005, 0.9, 0.99))
+    reference = optax.partition({True: adam, False: optax.set_to_zero()}, labels)
+    updates, _ = reference.update(jax.grad(loss)(start), reference.init(start), start)
+    state, _ = program.train(program.init(seed=1), program.put(batches()), 1, SCHEDULE)
+    assert_same(jax.device_get(state.params), optax.apply_updates(start, updates), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(mesh=dict(data=2, model=4)),
+        dict(mesh=dict(data=4, model=2, zero=3)),
+        dict(train=dict(accumulation=4)),
+        dict(model=dict(remat="full")),
+    ],
+    ids=str,
+)
+def test_adapters_are_the_same_run_anywhere(adapted, change):
+    config = replace(LORA, **change)
+    state, metrics, program = train(config, devices=8 if "mesh" in change else 1)
+    np.testing.assert_allclose(metrics.loss, adapted[1].loss, rtol=1e-5)
+    assert_same(state.params, adapted[0].params)
+    if "mesh" in change:
+        up = program.init(seed=1).params["layer_0"]["feed_forward"]["up"]
+        mesh = change["mesh"]
+        rows = 16 // (mesh["data"] if mesh.get("zero") else 1)
+        assert {s.data.shape for s in up["lora_a"].addressable_shards} == {(rows, 4)}
+        columns = 24 // mesh["model"]
+        assert {s.data.shape for s in up["lora_b"].addressable_shards} == {(4, columns)}
 
 
 def test_nats_are_the_sum_of_the_training_loss(plain):
