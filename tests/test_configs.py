@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from lm import arithmetic
+from lm.checkpoint import claim
 from lm.command import BadInput
+from lm.config import Config, replace
 from lm.config_file import load
+from lm.data.tokenizers import train_bpe
 from lm.sweep import grid
 from lm.train.recipe import resolve
 
@@ -26,6 +29,7 @@ ARGUMENTS = {  # the documented arguments; without an entry, none
 SHIPPED = [
     f"configs/{path.name}" + (f":{argument}" if argument else "")
     for path in sorted(ROOT.glob("configs/[!_]*.py"))
+    if path.stem != "finetune"  # of a folder; below
     for argument in ARGUMENTS.get(path.stem, [""])
 ]
 
@@ -81,6 +85,23 @@ def test_describes_runs_that_can_be_run(spec):
         recipe = resolve(getattr(run, "config", run))
         assert recipe.n_steps > 20 and 1e-5 < recipe.learning_rate < 0.1
         assert recipe.warmup_tokens <= 0.1 * recipe.tokens * 1.001
+
+
+def test_finetune_has_the_folders_model_and_tokenizer(tmp_path):
+    spec, files = f"configs/finetune.py:{tmp_path}", "data.files=chats/*.jsonl"
+    with pytest.raises(BadInput, match="no run here"):
+        load(spec, [files])
+    run = replace(Config(), model={"d_model": 48, "n_layers": 3, "d_ff": 88}, data={"seq_len": 256})
+    claim(tmp_path, run)
+    config = load(spec, [files, "model.lora.rank=4", "data.seq_len=512"])
+    start = config.train.init_from, config.data.tokenizer, config.data.seq_len, config.data.corpus
+    assert start == (str(tmp_path), "bytes", 512, "chat")
+    assert config.model == replace(run, model={"lora": {"rank": 4}}).model
+    assert resolve(config).n_steps > 20
+    (tmp_path / "tokenizer.json").write_text(train_bpe(["ab ab ab ab abc"], 259))
+    assert load(spec, [files]).data.tokenizer == str(tmp_path / "tokenizer.json")
+    with pytest.raises(BadInput, match="files go with corpus 'text' or 'chat'"):
+        load(spec)
 
 
 @pytest.mark.parametrize("path", sorted({spec.partition(":")[0] for spec in SHIPPED}))

@@ -2,9 +2,10 @@
 
 python -m lm.generate --workdir=runs/tiny --prompt="It was a" [--temperature=0.8 --top_p=0.95 ...]
 
-Several --prompt make a batch. With --samples each prompt is continued so often; --best alone keeps
-the likeliest, --vote=REGEX tells the commonest match (its first group, where it has one), which is
-self-consistency (Wang et al. 2023).
+Several --prompt make a batch. With --chat each is a user's message, which the model answers. With
+--samples each prompt is continued so often; --best alone keeps the likeliest, --vote=REGEX tells
+the commonest match (its first group, where it has one), which is self-consistency (Wang et al.
+2023).
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from lm.command import BadInput
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "A run's folder.", flag_values=FLAGS)
 flags.DEFINE_multi_string("prompt", [], "What to continue; may be repeated.", flag_values=FLAGS)
+flags.DEFINE_bool("chat", False, "Prompts are messages, to be answered.", flag_values=FLAGS)
 flags.DEFINE_integer("max_tokens", 200, "Tokens of a continuation, at most.", flag_values=FLAGS)
 flags.DEFINE_float("temperature", 1.0, "0: the likeliest token.", flag_values=FLAGS)
 flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest (0: all).", flag_values=FLAGS)
@@ -71,7 +73,8 @@ def main() -> int | None:
         for sample in [best(samples)] if FLAGS.best else samples:
             text = tokenizer.decode(sample.tokens)
             told = {"prompt": prompt, "text": text, **dataclasses.asdict(sample)}
-            print(json.dumps(told) if FLAGS.json else f"{prompt}{text}\n")
+            between = "\n" if FLAGS.chat else ""
+            print(json.dumps(told) if FLAGS.json else f"{prompt}{between}{text}\n")
 
 
 def _open(generator, sampling):
@@ -80,7 +83,7 @@ def _open(generator, sampling):
 
     from lm.checkpoint import load_config, load_params
     from lm.config import MeshConfig, check_vocabulary
-    from lm.data import open_tokenizer
+    from lm.data import open_template, open_tokenizer
     from lm.sharding import make_mesh
 
     workdir = Path(FLAGS.workdir)
@@ -88,6 +91,13 @@ def _open(generator, sampling):
     tokenizer = open_tokenizer(config.data)
     check_vocabulary(config, tokenizer.vocab_size)
     prompts = [[*tokenizer.prefix, *tokenizer.encode(text).tolist()] for text in FLAGS.prompt]
+    stop = [tokenizer.end_of_text]
+    if FLAGS.chat:
+        template = open_template(config.data, tokenizer)
+        asked = [[{"role": "user", "content": text}] for text in FLAGS.prompt]
+        marked = [tokenizer.encode_marked(template.render(a, prompt=True))[0] for a in asked]
+        prompts = [ids.tolist() for ids in marked]
+        stop += tokenizer.encode_marked(template.special["eos_token"])[0].tolist()
     # A single row is no work for many: what the model axis does not take stays idle.
     here, wanted = jax.devices(), max(config.mesh.model, 1)
     n = max(k for k in range(1, min(wanted, len(here)) + 1) if wanted % k == 0)
@@ -95,7 +105,7 @@ def _open(generator, sampling):
     longest = max(map(len, prompts))
     opened = generator(
         *(config, load_params(workdir, config, mesh), longest + FLAGS.max_tokens, mesh, sampling),
-        stop=FLAGS.stop or [tokenizer.end_of_text],
+        stop=FLAGS.stop or stop,
         cache_dtype=FLAGS.cache_dtype,
     )
     return opened, tokenizer, prompts
@@ -103,9 +113,9 @@ def _open(generator, sampling):
 
 def _print_growing(generator, tokenizer, prompt: list[int]) -> None:
     """The text as it grows. A character that is not whole yet waits."""
-    told = ""
+    told, before = "", "" if FLAGS.chat else FLAGS.prompt[0]
     for (completion,) in generator.stream([prompt], FLAGS.max_tokens, FLAGS.seed, every=4):
-        text = FLAGS.prompt[0] + tokenizer.decode(completion.tokens)
+        text = before + tokenizer.decode(completion.tokens)
         whole = text.rstrip("\ufffd")
         print(whole[len(told) :], end="", flush=True)
         told = whole

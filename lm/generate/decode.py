@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from lm.model.loss import logits
 from lm.sharding import layout, placed
 
 DEFAULT = Sampling()
+SMALLEST_ROOM = 512  # positions of the cache of a short text
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Generator:
         whole = dataclasses.replace(config.mesh, sequence_sharded=False, stage=1, rounds=1)
         self._mesh = mesh
         self._layout = layout(dataclasses.replace(config, mesh=whole), mesh)
-        self._run_prefill = jax.jit(self._prefill)
+        self._run_prefill = jax.jit(self._prefill, static_argnums=3)
+        self._run_grown = jax.jit(partial(kv_cache.grown, model), static_argnums=1)
         self._run_steps = jax.jit(self._steps, donate_argnums=(1, 2))
 
     def __call__(
@@ -115,13 +118,29 @@ class Generator:
             row[: len(prompt)] = prompt
         keys_B = jax.random.split(jax.random.key(seed), len(prompts))
         with jax.set_mesh(self._mesh), placed(self._mesh, self._layout):
-            text, cache = self._run_prefill(self.params, inputs_BT, started_B)
-            for done in range(0, max_tokens, every):
-                n = min(every, max_tokens - done)
+            longest, last = int(started_B.max()), int(started_B.max()) + max_tokens
+            room = self._room(max(longest + 1, width))
+            text, cache = self._run_prefill(self.params, inputs_BT, started_B, room)
+            while longest < last:
+                if longest == room:
+                    room = self._room(longest + 1)
+                    cache = self._run_grown(cache, room)
+                n = min(every, last - longest, room - longest)
                 text, cache = self._run_steps(self.params, text, cache, keys_B, np.int32(n))
+                longest += n
                 yield self._completions(text, started_B)
                 if text.done_B.all():
                     return
+
+    def _room(self, positions: int) -> int:
+        """The cache's, for a text of so many: half as much again and twice as much, by turns.
+
+        So a token's cost grows with its position, at a few compilations on a text's way.
+        """
+        room = SMALLEST_ROOM
+        while room < positions:
+            room = room * 4 // 3 if room % 3 == 0 else room * 3 // 2
+        return min(room, self.positions)
 
     def _check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
         if max_tokens < 1:
@@ -148,12 +167,12 @@ class Generator:
         unembedding_DV = self._decoder.apply({"params": params}, method="unembedding")
         return logits(x_BD[:, None], unembedding_DV, self._soft_cap)[:, 0]
 
-    def _prefill(self, params, inputs_BT, length_B) -> tuple[_Text, Any]:
+    def _prefill(self, params, inputs_BT, length_B, room: int) -> tuple[_Text, Any]:
         b, t = inputs_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(t), (b, t))
         # Padding is another document, which the cache leaves out.
         segments_BT = (positions_BT >= length_B[:, None]).astype(jnp.int32)
-        cache = kv_cache.empty(self._model, params, b, self.positions, self._cache_dtype)
+        cache = kv_cache.empty(self._model, params, b, room, self._cache_dtype)
         x_BTD, cache = self._hidden(params, cache, inputs_BT, segments_BT, positions_BT)
         logits_BV = self._next_logits(params, x_BTD[jnp.arange(b), length_B - 1])
         seen_BV = None

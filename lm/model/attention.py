@@ -55,14 +55,17 @@ class Attention(nn.Module):
         is_decoding = self.has_variable("cache", kv_cache.NAME)
         if is_decoding:
             cache = self.variable("cache", kv_cache.NAME, None)
-            is_text_BT = None if segments_BT is None else segments_BT == 0
-            cache.value = kv_cache.write(
-                cache.value, key_BSKH, value_BSKH, positions_BT, is_text_BT
-            )
         if is_decoding and t == 1:
-            last = (positions_BT[:, 0], c.sliding_window, c.attention_soft_cap)
-            out_BTNH = kv_cache.read(query_BTNH[:, 0], cache.value, *last)[:, None]
+            new = (key_BSKH, value_BSKH, positions_BT[:, 0])
+            how = (c.sliding_window, c.attention_soft_cap)
+            out_BNH, cache.value = kv_cache.step(query_BTNH[:, 0], cache.value, *new, *how)
+            out_BTNH = out_BNH[:, None]
         else:
+            if is_decoding:
+                is_text_BT = None if segments_BT is None else segments_BT == 0
+                cache.value = kv_cache.write(
+                    cache.value, key_BSKH, value_BSKH, positions_BT, is_text_BT
+                )
             out_BTNH = attend(
                 *(query_BTNH, key_BSKH, value_BSKH, segments_BT),
                 sliding_window=c.sliding_window,

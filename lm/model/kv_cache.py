@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lm.config import ModelConfig
 
 NAME = "kv"  # of an attention's variable in the collection `cache`
-BLOCK = 128  # slots read at a time
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -50,6 +49,25 @@ def empty(
     return unflatten_dict(result)
 
 
+def grown(config: ModelConfig, caches: Any, positions: int) -> Any:
+    """The collection with room for ``positions``: zeros after the slots that are there.
+
+    A window's worth of slots is never exceeded, and before that no position has come round.
+    """
+    slots = min(positions, config.sliding_window or positions)
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        more = [(0, 0)] * x.ndim
+        more[axis] = (0, slots - x.shape[axis])
+        return jnp.pad(x, more)
+
+    def pad_all(cache: Cache) -> Cache:
+        axes = (-2, -2, -1, -1)
+        return Cache(*(None if x is None else pad(x, a) for x, a in zip(cache, axes, strict=True)))
+
+    return jax.tree.map(pad_all, caches, is_leaf=lambda x: isinstance(x, Cache))
+
+
 def write(
     cache: Cache,
     key_BTKH: jax.Array,
@@ -83,58 +101,46 @@ def _to_int8(x_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x_BTKH / jnp.maximum(step_BTK, 1e-30)[..., None]), step_BTK
 
 
-def read(
-    query_BNH: jax.Array, cache: Cache, position_B: jax.Array, sliding_window: int, soft_cap: float
-) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the positions up to ``position_B``, (B, N, H).
+def step(
+    query_BNH: jax.Array,
+    cache: Cache,
+    key_B1KH: jax.Array,
+    value_B1KH: jax.Array,
+    position_B: jax.Array,
+    sliding_window: int,
+    soft_cap: float,
+) -> tuple[jax.Array, Cache]:
+    """softmax(q k^T / sqrt(H)) v over the positions up to ``position_B``, (B, N, H), and the cache.
 
-    A block of slots at a time, and no more blocks than the longest text fills, so that a token's
-    cost grows with its position and not with the buffer (Dao et al. 2022's running softmax).
+    The cache given has all of them but the last, which the one returned has too. All slots are
+    read: a part of them would be copied before each product. Whoever writes a text has the cache
+    ``grown`` with it.
     """
     b, n, h = query_BNH.shape
     k, slots = cache.key_BKSH.shape[1:3]
-    block = min(BLOCK, slots)
     query_BKGH = query_BNH.reshape(b, k, n // k, h).astype(jnp.float32) * h**-0.5
-    n_blocks = -(-jnp.minimum(jnp.max(position_B) + 1, slots) // block)
-
-    def visit(i, carry):
-        out_BKGH, total_BKG, most_BKG = carry
-        # The last block may start early, to end with the last slot; what it reads twice is hidden.
-        start = jnp.minimum(i * block, slots - block)
-        slot_S = start + jnp.arange(block)
-        key_BKSH, value_BKSH = _block(cache, start, block)
-        # The newest position up to the query's that lies in each slot; below 0: none yet.
-        held_BS = position_B[:, None] - (position_B[:, None] - slot_S) % slots
-        seen_BS = (held_BS >= 0) & (slot_S >= i * block)
-        if sliding_window:
-            seen_BS &= held_BS > position_B[:, None] - sliding_window
-        score_BKGS = jnp.einsum("bkgh,bksh->bkgs", query_BKGH, key_BKSH)
-        if soft_cap:
-            score_BKGS = soft_cap * jnp.tanh(score_BKGS / soft_cap)
-        score_BKGS = jnp.where(seen_BS[:, None, None], score_BKGS, -jnp.inf)
-        new_most_BKG = jnp.maximum(most_BKG, jnp.max(score_BKGS, -1))
-        # A row whose text has not come this far has seen nothing here, and perhaps nothing at all.
-        finite_BKG = jnp.maximum(new_most_BKG, -1e30)
-        weight_BKGS = jnp.exp(score_BKGS - finite_BKG[..., None])
-        shrink_BKG = jnp.exp(most_BKG - finite_BKG)
-        total_BKG = total_BKG * shrink_BKG + jnp.sum(weight_BKGS, -1)
-        seen_BKGH = jnp.einsum("bkgs,bksh->bkgh", weight_BKGS, value_BKSH)
-        return out_BKGH * shrink_BKG[..., None] + seen_BKGH, total_BKG, new_most_BKG
-
-    start = (
-        jnp.zeros_like(query_BKGH),
-        jnp.zeros(query_BKGH.shape[:-1]),
-        jnp.full(query_BKGH.shape[:-1], -jnp.inf),
-    )
-    out_BKGH, total_BKG, _ = jax.lax.fori_loop(0, n_blocks, visit, start)
-    return (out_BKGH / total_BKG[..., None]).reshape(b, n, h).astype(query_BNH.dtype)
-
-
-def _block(cache: Cache, start: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """float32 keys and values of ``size`` slots from ``start``, (B, K, size, H) each."""
-    parts = [None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, 2) for x in cache]
-    key, value, key_scale, value_scale = parts
-    key, value = key.astype(jnp.float32), value.astype(jnp.float32)
-    if key_scale is not None:
-        key, value = key * key_scale[..., None], value * value_scale[..., None]
-    return key, value
+    seen_BS = jnp.arange(slots) < position_B[:, None]
+    if sliding_window:
+        # The newest position before the query's that lies in each slot; below 0: none yet.
+        before_B1 = position_B[:, None] - 1
+        held_BS = before_B1 - (before_B1 - jnp.arange(slots)) % slots
+        seen_BS = (held_BS >= 0) & (held_BS > before_B1 + 1 - sliding_window)
+    key_BKSH, value_BKSH = cache.key_BKSH.astype(jnp.float32), cache.value_BKSH.astype(jnp.float32)
+    if cache.key_scale_BKS is not None:
+        key_BKSH *= cache.key_scale_BKS[..., None]
+        value_BKSH *= cache.value_scale_BKS[..., None]
+    score_BKGS = jnp.einsum("bkgh,bksh->bkgs", query_BKGH, key_BKSH)
+    own_BKG1 = jnp.einsum("bkgh,bskh->bkgs", query_BKGH, key_B1KH.astype(jnp.float32))
+    if soft_cap:
+        score_BKGS, own_BKG1 = (soft_cap * jnp.tanh(x / soft_cap) for x in (score_BKGS, own_BKG1))
+    score_BKGS = jnp.where(seen_BS[:, None, None], score_BKGS, -jnp.inf)
+    most_BKG1 = jnp.maximum(jnp.max(score_BKGS, -1, keepdims=True), own_BKG1)
+    weight_BKGS, own_BKG1 = jnp.exp(score_BKGS - most_BKG1), jnp.exp(own_BKG1 - most_BKG1)
+    out_BKGH = jnp.einsum("bkgs,bksh->bkgh", weight_BKGS, value_BKSH)
+    out_BKGH += own_BKG1 * value_B1KH.swapaxes(1, 2)
+    out_BKGH /= jnp.sum(weight_BKGS, -1, keepdims=True) + own_BKG1
+    out_BNH = out_BKGH.reshape(b, n, h).astype(query_BNH.dtype)
+    # What is not a number is not kept; and so that the slots are written after they were read, or
+    # XLA reads a copy of them all.
+    is_number_B1 = jnp.all(out_BNH == out_BNH, (1, 2))[:, None]
+    return out_BNH, write(cache, key_B1KH, value_B1KH, position_B[:, None], is_number_B1)

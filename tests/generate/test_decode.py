@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 from lm import arithmetic
 from lm.command import BadInput
 from lm.config import Config, MeshConfig, ModelConfig, replace
+from lm.generate import decode
 from lm.generate.decode import Completion, Generator, best, vote
 from lm.generate.sampling import Sampling
 from lm.model import Decoder, kv_cache
@@ -169,6 +170,26 @@ def test_draws_follow_the_model():
         expected = np.array([*p_V[common], p_V[~common].sum()]) * n
         pvalue = chisquare(counts, expected / expected.sum() * n).pvalue
         assert (pvalue > 1e-3) == fits
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_cache_grows_with_the_text_not_with_the_room_there_is(monkeypatch, scan_layers):
+    """From 9 tokens, in a batch whose prompts were padded to 16, to 23."""
+    monkeypatch.setattr(decode, "SMALLEST_ROOM", 16)
+    model = {"scan_layers": scan_layers}
+    generator, *_ = made(model, positions=1000)
+    sizes, run = [], generator._run_steps
+
+    def spy(params, text, cache, *rest):
+        sizes.append(jax.tree.leaves(cache)[0].shape[-2])
+        return run(params, text, cache, *rest)
+
+    generator._run_steps = spy
+    found = generator(PROMPTS, 14)
+    assert sizes == [16, 24]
+    monkeypatch.setattr(decode, "SMALLEST_ROOM", 512)
+    same, *_ = made(model, positions=1000)
+    assert [c.tokens for c in same(PROMPTS, 14)] == [c.tokens for c in found]
 
 
 def test_the_cache_weighs_what_arithmetic_says():

@@ -44,6 +44,24 @@ def test_the_command_streams_what_it_also_gives_as_json(capsys, workdir):
     assert len(told["log_probabilities"]) == len(told["tokens"]) == 24
 
 
+def test_a_chat_prompt_is_a_users_message(capsys, workdir, monkeypatch):
+    from lm.generate import decode
+
+    asked = []
+
+    def spy(self, prompts, *rest, **named):
+        asked.extend(prompts)
+        return found(self, prompts, *rest, **named)
+
+    found = decode.Generator.__call__
+    monkeypatch.setattr(decode.Generator, "__call__", spy)
+    code, told = run(capsys, workdir, "--prompt=the", "--chat", "--max_tokens=4", "--json")
+    assert code == 0 and json.loads(told.out)["prompt"] == "the"
+    end = ByteTokenizer().end_of_text
+    wanted = [*b"<|user|>\nthe", end, *b"\n<|assistant|>\n"]
+    assert asked == [wanted]
+
+
 def test_samples_the_best_of_them_and_their_vote(capsys, workdir):
     given = ("--prompt=the ", "--prompt=he", "--max_tokens=6", "--samples=4", "--json")
     _, every = run(capsys, workdir, *given)

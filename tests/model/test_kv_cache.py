@@ -8,7 +8,6 @@ from scipy.special import softmax
 
 from lm.config import ModelConfig
 from lm.model import kv_cache
-from lm.model.kv_cache import BLOCK
 
 N, H = 4, 8
 LENGTHS = np.array([1, 7, 30])  # of the prompts; padded to the longest
@@ -57,19 +56,21 @@ def filled(c, keys, values, lengths, n_steps, dtype="float32"):
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("window, soft_cap, positions", [(0, 0.0, 48), (5, 0.3, 48), (0, 0.0, 300)])
+@pytest.mark.parametrize("window, soft_cap, positions", [(0, 0.0, 48), (5, 0.3, 48)])
 def test_reading_the_cache_is_attention_over_all_so_far(n_kv_heads, window, soft_cap, positions):
     c = config(n_kv_heads, window)
-    lengths = LENGTHS * (positions // 48)
     draw = np.random.default_rng(0)
     keys, values = draw.normal(size=(2, 3, positions, n_kv_heads, H)).astype(np.float32)
     query = draw.normal(size=(3, N, H)).astype(np.float32)
     n_steps = 12
-    cache = filled(c, keys, values, lengths, n_steps)
+    last = LENGTHS + n_steps
+    cache = filled(c, keys, values, LENGTHS, n_steps)
     assert cache.key_BKSH.shape[2] == (window or positions)
-    last = lengths + n_steps - 1
-    assert positions <= BLOCK or (last.max() > BLOCK and last.max() % BLOCK)
-    found = jax.jit(kv_cache.read, static_argnums=(3, 4))(query, cache, last, window, soft_cap)
+    new = [x[np.arange(3), last][:, None] for x in (keys, values)]
+    step = jax.jit(kv_cache.step, static_argnums=(5, 6))
+    found, after = step(query, cache, *new, last, window, soft_cap)
+    wanted = filled(c, keys, values, LENGTHS, n_steps + 1)
+    jax.tree.map(np.testing.assert_array_equal, after, wanted)
     for row, p in enumerate(last):
         wanted = reference(query[row], keys[row, : p + 1], values[row, : p + 1], window, soft_cap)
         np.testing.assert_allclose(found[row], wanted, rtol=2e-5, atol=2e-6)
@@ -80,24 +81,30 @@ def test_smaller_caches_are_close_and_weigh_less(dtype, error):
     c, draw = config(), np.random.default_rng(0)
     keys, values = draw.normal(size=(2, 3, 48, 2, H)).astype(np.float32)
     query = draw.normal(size=(3, N, H)).astype(np.float32)
-    cache = filled(c, keys, values, LENGTHS, 4, dtype)
-    found = np.asarray(kv_cache.read(query, cache, LENGTHS + 3, 0, 0.0))
+    cache = filled(c, keys, values, LENGTHS, 3, dtype)
+    last = LENGTHS + 3
+    new = [x[np.arange(3), last][:, None] for x in (keys, values)]
+    found, _ = kv_cache.step(query, cache, *new, last, 0, 0.0)
     wanted = np.stack([
         reference(query[row], keys[row, :n], values[row, :n], 0, 0.0)
         for row, n in enumerate(LENGTHS + 4)
     ])  # fmt: skip
-    off = np.abs(found - wanted).max()
+    off = np.abs(np.asarray(found) - wanted).max()
     assert 1e-5 < off < error * np.abs(values).max()
     content = 2 * 3 * 48 * 2 * H * jnp.dtype(dtype).itemsize
     scales = 2 * 3 * 48 * 2 * 4 if dtype == "int8" else 0
     assert sum(x.nbytes for x in cache if x is not None) == content + scales
 
 
-def test_reading_costs_by_position_not_by_buffer():
-    """Blocks visited are those up to the longest text: more of the buffer may hold anything."""
-    cache = empty(config(), 1, 4 * BLOCK)
-    poison = cache._replace(value_BKSH=cache.value_BKSH.at[:, :, BLOCK:].set(jnp.nan))
-    query = jnp.ones((1, N, H))
-    read = jax.jit(kv_cache.read, static_argnums=(3, 4))
-    assert np.isfinite(read(query, poison, jnp.array([BLOCK - 1]), 0, 0.0)).all()
-    assert np.isnan(read(query, poison, jnp.array([BLOCK]), 0, 0.0)).any()
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("window", [0, 36])
+def test_grown_on_the_way_it_holds_the_same(dtype, window):
+    c, draw = config(window=window), np.random.default_rng(0)
+    keys, values = draw.normal(size=(2, 3, 48, 2, H)).astype(np.float32)
+    whole = filled(c, keys, values, LENGTHS, 12, dtype)
+    small = filled(c, keys[:, :32], values[:, :32], LENGTHS, 2, dtype)
+    cache = kv_cache.grown(c, {"layer": small}, 48)["layer"]
+    for i in range(2, 12):
+        new = [x[np.arange(3), LENGTHS + i][:, None] for x in (keys, values)]
+        cache = kv_cache.write(cache, *new, (LENGTHS + i)[:, None])
+    jax.tree.map(np.testing.assert_array_equal, cache, whole)
