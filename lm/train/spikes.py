@@ -12,21 +12,22 @@ FLOOR = 0.005  # of the mean loss: the least deviation that is reckoned with
 class Spikes:
     """Follows a run's losses by their mean and deviation, weighted exponentially.
 
-    One above the threshold counts there as one somewhat above the mean: spikes must not hide the
-    next, but a new plateau must be expected in the end.
+    The deviation is that between neighbours (von Neumann et al. 1941), to which the fall of the
+    loss adds little. A loss above the threshold counts for the mean alone, as one somewhat above
+    it: spikes must not hide the next, but a new plateau must be expected in the end.
 
     Args:
       deviations: standard deviations above the mean from which a loss is a spike; 0: none is.
       carried: of the run's earlier part, what ``carried`` gave.
     """
 
-    def __init__(self, deviations: float, carried: Sequence[float] = (0, 0.0, 0.0, False)):
+    def __init__(self, deviations: float, carried: Sequence[float] = (0, 0.0, 0.0, 0.0, False)):
         self.deviations = deviations
-        self.n, self.mean, self.variance, self.above = carried
+        self.n, self.mean, self.variance, self.last, self.above = carried
 
     def carried(self) -> list[float]:
         """What the expectation is made of."""
-        return [self.n, self.mean, self.variance, self.above]
+        return [self.n, self.mean, self.variance, self.last, self.above]
 
     def see(self, loss: float) -> float | None:
         """Takes in the next loss; where a spike begins, returns the loss that was expected.
@@ -41,9 +42,10 @@ class Spikes:
             self.above = loss > threshold
             if self.above:
                 loss = self.mean + SPIKE_COUNTS_AS * deviation
-        # Of all losses at first (Welford 1962), then of a sliding window (West 1979).
+        # Over all losses at first, then as a sliding window.
+        if self.n and not self.above:
+            self.variance += ((loss - self.last) ** 2 / 2 - self.variance) / self.n
         self.n = min(self.n + 1, WINDOW)
-        change = (loss - self.mean) / self.n
-        self.variance = (1 - 1 / self.n) * (self.variance + (loss - self.mean) * change)
-        self.mean += change
+        self.mean += (loss - self.mean) / self.n
+        self.last = self.last if self.above else loss
         return expected if began else None

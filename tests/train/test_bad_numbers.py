@@ -17,7 +17,7 @@ from lm.data.excerpts import excerpts
 from lm.model import Decoder
 from lm.sharding import make_mesh
 from lm.sweep.store import Store
-from lm.train import loop
+from lm.train import loop, spikes
 from lm.train.clock import timeless
 from lm.train.events import EventLog, read_events
 from lm.train.metrics import read_metrics
@@ -155,6 +155,40 @@ def test_a_bad_batch_is_skipped_and_its_document_told(config, programs, program,
         assert document["row"] == row and document["nats_per_token"] is None
         told = (document["source"], document["document"], document["text"])
         assert told == (of_row[0].source, of_row[0].document, of_row[0].text)
+
+
+class StrangeRow(BadRows):
+    """A dataset in which some rows have tokens at random."""
+
+    def batches(self, seed, first_step, n_steps, batch_size, rows=slice(None)):
+        batches = self._dataset.batches(seed, first_step, n_steps, batch_size, rows)
+        batches = jax.tree.map(np.array, batches)
+        for step, row in self._rows:
+            if first_step <= step < first_step + n_steps:
+                draw = np.random.default_rng(step)
+                batches.targets_BT[step - first_step, row] = draw.integers(0, 257, 64)
+        return batches
+
+
+def test_a_loss_spike_is_told_with_its_documents(config, programs, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(spikes, "WINDOW", 10)  # or the fall of a short run's loss hides all
+    monkeypatch.setattr(spikes, "LEAST", 10)
+    strange = StrangeRow(dataset, (42, 2), (42, 5), (42, 7))
+    config = replace(config, train={"tokens": 64.0 * SEQUENCES * 50, "spike_deviations": 3.0})
+    loop.train(config, tmp_path, programs=programs, dataset=strange)
+    losses = [(line["step"], line["train_loss"]) for line in read_metrics(tmp_path)]
+    events = [event for event in read_events(tmp_path) if event["event"] != "skipped"]
+    assert len(events) == 1, str(losses[30:])
+    (event,) = events
+    assert (event["step"], event["event"]) == (43, "spike")
+    assert event["loss"] == dict(losses)[43] > event["expected"]
+    documents = event["documents"]
+    assert {document["row"] for document in documents} == {2, 5, 7}
+    for document in documents:
+        of_row = excerpts(dataset, 0, 42, SEQUENCES, document["row"])
+        told = (document["source"], document["document"], document["text"])
+        assert told in [(each.source, each.document, each.text) for each in of_row]
+        assert document["nats_per_token"] > event["loss"]
 
 
 ROLLS_BACK = {"checkpoint_every": 5, "evaluate_every": 5, "skips_before_rollback": 3}

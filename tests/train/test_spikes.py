@@ -35,13 +35,20 @@ def test_the_threshold_is_in_standard_deviations(deviations):
         assert found([*calm, 3 + times * deviations * window], deviations) == wanted
 
 
-def test_the_expectation_is_the_mean_and_deviation_of_all_at_first():
+def test_the_expectation_is_of_all_losses_at_first():
     losses = np.random.default_rng(2).random(50)
     spikes = Spikes(1e9)
     for loss in losses:
         spikes.see(float(loss))
     assert spikes.mean == pytest.approx(losses.mean())
-    assert spikes.variance == pytest.approx(losses.var())
+    assert spikes.variance == pytest.approx(np.mean(np.diff(losses) ** 2) / 2)
+
+
+def test_a_steep_fall_hides_no_spike():
+    losses = np.linspace(8, 3, 200) + 0.05 * np.random.default_rng(3).standard_normal(200)
+    assert found(losses) == []
+    losses[150] += 2.5  # the mean of the last hundred is above the curve
+    assert found(losses) == [150]
 
 
 def test_the_first_steps_are_none():
