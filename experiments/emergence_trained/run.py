@@ -197,10 +197,10 @@ def table(rows: list[dict], task: str) -> str:
     shots = [f"{k} shot{'s' * (k > 1)}" for k in SHOTS[1:]]
     head = ["N", *names.values(), f"p^{length}", *shots]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    loss_S = column(rows, task, "loss").mean(1)
+    match_S = exact_match(token_accuracy(column(rows, task, "loss")), length).mean(1)
     for i, params in enumerate(column(rows, task, "params")[:, 0]):
         cells = [f"{params:,}", *(f"{column(rows, task, n).mean(1)[i]:.3f}" for n in names)]
-        cells.append(f"{exact_match(token_accuracy(loss_S[i]), length):.3f}")
+        cells.append(f"{match_S[i]:.3f}")
         cells += [f"{column(rows, task, 'exact_match', k).mean(1)[i]:.3f}" for k in SHOTS[1:]]
         lines.append(f"| {' | '.join(cells)} |")
     return f"**{task}**\n\n" + "\n".join(lines) + "\n"
@@ -236,7 +236,7 @@ def draw(rows: list[dict], path: Path) -> None:
         row[2].plot(dense, law.loss(dense), color="0.6", lw=1, label=told)
         chance = np.log(10 if task == "addition" else problems.MODULUS)
         row[2].axhline(chance, color="0.4", lw=0.8, ls=":")
-        row[2].set(yscale="log", ylim=(min(loss.min() / 1.5, 0.05), 2 * chance))
+        row[2].set(yscale="log", ylim=(min(loss.min() / 1.5, 0.05), 6 * chance))
         for shots, colour in zip(SHOTS, plt.cm.viridis(np.linspace(0, 0.85, 4)), strict=True):
             label = f"{shots} example{'s' * (shots != 1)}"
             of("exact_match", row[3], label, shots=shots, color=colour)
@@ -244,9 +244,9 @@ def draw(rows: list[dict], path: Path) -> None:
         for panel, title in zip(row, titles, strict=True):
             panel.set(xscale="log", title=f"{task}: {title}")
             panel.title.set_fontsize(10)
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=7, framealpha=0.6, ncol=2, loc="upper left")
         for panel in (row[0], row[1], row[3]):
-            panel.set_ylim(-0.04, 1.04)
+            panel.set_ylim(-0.04, 1.32)
     for panel in axes[-1]:
         panel.set_xlabel("parameters, blocks and head")
     _save(figure, path)
@@ -276,6 +276,8 @@ def draw_training(lines: list[dict], path: Path) -> None:
                 label = f"width {width}" if seed == SEEDS[0] else None
                 panel.plot(*points.T, style, lw=1.2, color=colours[width], label=label)
         panel.set(xlabel="tokens", title=f"corpus {corpus} (dashed: seed 1)", ylim=(1, 2))
+        panel.set_xticks([0, 1e6, 2e6, 3e6][: 4 if corpus == "addition" else 3])
+        panel.set_yticks([1, 1.2, 1.4, 1.6, 1.8, 2])
         panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
     axes[0].set_ylabel("training loss, nats a token")
     axes[1].legend(fontsize=7, ncol=2)
