@@ -353,7 +353,7 @@ class _Run:
         self.state, self.step = state, int(state.step)
         self.began = min(self.began, self.step)
         if validation := meta.get("validation"):
-            self.scored = meta["validation_step"], Score(**validation)
+            self.scored = meta.get("validation_step"), Score(**validation)
         self._read_batches()
 
     def _read_batches(self) -> None:
