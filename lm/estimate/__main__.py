@@ -146,6 +146,7 @@ def _on_mesh(config: Config, sizes: dict[str, int], sequences: int) -> dict:
 def _counts(config: Config) -> dict:
     model, seq_len = config.model, config.data.seq_len
     count = arithmetic.parameters(model, seq_len)
+    trained = count.adapters or count.total
     cache = {"batch": FLAGS.cache_batch, "seq_len": FLAGS.cache_seq_len or seq_len}
     return {
         "schema": 1,
@@ -158,7 +159,7 @@ def _counts(config: Config) -> dict:
             for name in arithmetic.FLOPS_CONVENTIONS
         },
         "kv_cache_bytes": cache | {"bytes": int(arithmetic.kv_cache_bytes(model, **cache))},
-        "optimizer_bytes": int(arithmetic.optimizer_bytes(count.total)),
+        "optimizer_bytes": int(arithmetic.optimizer_bytes(trained) + 4 * (count.total - trained)),
     }
 
 
