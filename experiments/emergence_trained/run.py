@@ -237,7 +237,9 @@ def draw(rows: list[dict], path: Path) -> None:
         chance = np.log(10 if task == "addition" else problems.MODULUS)
         row[2].axhline(chance, color="0.4", lw=0.8, ls=":")
         row[2].set(yscale="log", ylim=(min(loss.min() / 1.5, 0.05), 6 * chance))
-        for shots, colour in zip(SHOTS, plt.cm.viridis(np.linspace(0, 0.85, 4)), strict=True):
+        for shots, colour in zip(
+            SHOTS, plt.cm.viridis(np.linspace(0, 0.85, len(SHOTS))), strict=True
+        ):
             label = f"{shots} example{'s' * (shots != 1)}"
             of("exact_match", row[3], label, shots=shots, color=colour)
         titles = ("exact match", "other metrics", "loss (dotted: chance)", "exact match by shots")
