@@ -50,8 +50,8 @@ def trial(number: int, folder: Path) -> dict:
         wrong, step = [], 0
         if full.returncode != FAILED:
             wrong.append(f"exit code {full.returncode}")
-        # A sweep tells it of its runs, among what it prints.
-        lines = (full.stdout if of_study else full.stderr).splitlines()
+        # A sweep tells it of its runs, among what it prints, or as the reason why it ends.
+        lines = (full.stdout * of_study + full.stderr).splitlines()
         says = [line for line in lines if "no space left" in line.lower()]
         if not says or "Traceback" in full.stderr or not of_study and len(lines) > 1:
             wrong.append(f"says {lines}")
