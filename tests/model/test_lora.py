@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_merged_matrix():
 
     def nats(decoder, params):
         logits_BTV = decoder.apply({"params": params}, TOKENS_BT[:, :-1])
-        return cross_entropy(logits_BTV, TOKENS_BT[:, 1:])
+        return cross_entropy(logits_BTV, TOKENS_BT[:, 1:]) / 16  # nats a token
 
     of_plain = flatten_dict(jax.grad(lambda p: nats(plain, p))(lora.merged(params, LORA)))
     masked = lora.trained(params, LORA)
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_merged_matrix():
             d_W, b = of_plain[(*place, "kernel")], flat[(*place, "lora_b")]
             wanted = 7 / 3 * d_W @ b.T, 7 / 3 * flat[key].T @ d_W
             for name, expected in zip(lora.NAMES, wanted, strict=True):
-                np.testing.assert_allclose(found[(*place, name)], expected, rtol=2e-4, atol=2e-5)
+                np.testing.assert_allclose(found[(*place, name)], expected, rtol=2e-4, atol=5e-6)
             seen += 1
     assert seen == 2 * 7
     assert len(jax.tree.leaves(found)) == 2 * seen  # nothing else has a gradient
