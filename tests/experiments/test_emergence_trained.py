@@ -145,7 +145,7 @@ def test_a_law_and_the_claim_are_found_again(few):
 @pytest.mark.slow
 def test_a_tiny_one_from_training_to_figure(few, tmp_path):
     few.setattr(run, "SEEDS", (0,))
-    few.setattr(run, "SHOTS", (0, 2))
+    few.setattr(run, "SHOTS", (0,))
     few.setattr(run, "POOL", 8)
     few.setattr(run, "BYTES", dict.fromkeys(problems.CORPORA, 60_000))
     (tmp_path / "results").mkdir()
@@ -158,6 +158,6 @@ def test_a_tiny_one_from_training_to_figure(few, tmp_path):
     found = json.loads((tmp_path / "results/summary.json").read_text())
     assert set(found) == {"schema", *problems.TASKS}
     lines = (tmp_path / "results/metrics.csv").read_text().splitlines()
-    assert len(lines) == 1 + 3 * 2 * 2  # tasks, sizes, shots
+    assert len(lines) == 1 + 3 * 2  # tasks, sizes
     few.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run.command.run(run.main, run.FLAGS, None, [*arguments, "--norun"]) == 0
