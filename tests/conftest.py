@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
@@ -10,6 +11,9 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)  # a test compiles what it tests
+
+# A shell's background jobs ignore it, and what they start with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = "the of and to in a that is was he for it with as his on be at by i had not are but".split()
 

@@ -26,7 +26,7 @@ from lm.estimate.collectives import Collective, collectives
 from lm.sharding import make_mesh
 from lm.sharding.pipeline import assignment, bubble_share, n_iterations
 from lm.train.schedule import Schedule
-from lm.train.step import Program
+from lm.train.step import Program, State
 
 HERE = Path(__file__).resolve().parent
 DEVICES, STEPS, ROWS = 8, 20, 16
@@ -216,7 +216,9 @@ def gradient_of(program: Program) -> Any:
     """The live gradient of one batch, laid as the step leaves it."""
     batch = program.put(jax.tree.map(lambda x: x[:1], batches()))
     one = jax.tree.map(lambda x: x[0], batch)
-    gradient = program._compile(lambda params, batch: program._mean_gradient(params, batch, None))
+    gradient = program._compile(
+        lambda params, batch: program._mean_gradient(State(0, params, None), batch)
+    )
     return gradient(program.init(seed=1).params, one)[-1]
 
 

@@ -100,11 +100,11 @@ def export_weights(workdir: Path, folder: Path, dtype: str = "float32") -> dict[
     where no family of transformers computes what the model does. Adapters are merged.
     """
     config = load_config(workdir)
+    plain = replace(config, model={"lora": to_dict(LoraConfig())})
+    written = to_transformers(plain.model, config.data.seq_len)
     params = load_params(workdir, config, host())
     if config.model.lora.rank:
-        params = merged(params, config.model.lora)
-        config = replace(config, model={"lora": to_dict(LoraConfig())})
-    written = to_transformers(config.model, config.data.seq_len)
+        params, config = merged(params, config.model.lora), plain
     tokenizer = open_tokenizer(config.data)
     companions = {
         name: (workdir / name).read_bytes() for name in COMPANIONS if (workdir / name).exists()

@@ -68,17 +68,22 @@ class Journal:
         if "spikes" in carried:
             self.spikes = Spikes(self.config.train.spike_deviations, carried["spikes"])
 
-    def event(self, step: int, event: str, **values: Any) -> None:
-        """Tells one event; its kinds are those of ``lm.train.events``."""
+    def event(self, step: int, event: str, told: bool = False, **values: Any) -> None:
+        """Writes one event and, unless it is ``told`` already, tells it.
+
+        Its kinds are those of ``lm.train.events``.
+        """
         self.n_events += 1
-        if self._events:
-            self._events.write({"step": step, "event": event, **values})
-            told = (
+        if not self._events:
+            return
+        self._events.write({"step": step, "event": event, **values})
+        if not told:
+            said = (
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                 for name, value in values.items()
                 if not isinstance(value, list)
             )
-            print(f"step {step}: {event} ({', '.join(told)})", file=sys.stderr)
+            print(f"step {step}: {event} ({', '.join(said)})", file=sys.stderr)
 
     def take(
         self, step: int, metrics: Metrics, n: int, seconds: float, validation: Score | None

@@ -346,7 +346,9 @@ class _Run:
         self.journal.open(self.began, meta)
         damaged = self.checkpoints.damaged if self.checkpoints else {}
         for at, reason in sorted(damaged.items()):
-            self.journal.event(self.began, "damaged_checkpoint", checkpoint=at, reason=reason)
+            self.journal.event(
+                *(self.began, "damaged_checkpoint"), told=True, checkpoint=at, reason=reason
+            )
         self._take_up(state, meta)
 
     def _take_up(self, state: State, meta: dict) -> None:

@@ -19,7 +19,7 @@ from lm.model.moe import Routing, auxiliary_loss, no_routing, shift_balance_bias
 from lm.sharding import batch_shards, held, lay, layout, named_sharding, placed, stored_shardings
 from lm.train import pipeline
 from lm.train.clock import COMPILE, Clock
-from lm.train.optimizer import adamw, apply_updates
+from lm.train.optimizer import adamw, apply_updates, update_if
 from lm.train.schedule import Schedule, learning_rate
 
 
@@ -267,7 +267,9 @@ class Program:
         # From ZeRO's first stage on, a device updates its part of the optimizer's state alone.
         gradient = self._lay(gradient, self.moment_sharding)
         trained = lora.trained(state.params, self.config.model.lora)
-        direction, moments = self.optimizer.update(gradient, state.moments, trained)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        direction, moments = update_if(finite, config, gradient, state.moments, trained)
         rate = learning_rate(schedule, state.step, config.schedule)
         trained = apply_updates(
             trained, direction, rate, schedule.matrix_scale, config.weight_decay
@@ -275,13 +277,7 @@ class Program:
         params = lora.whole(state.params, trained)
         if moe.n_experts and moe.bias_rate and not self.config.model.lora.rank:
             params = shift_balance_bias(self.config.model, params, routing.load_E)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        # Within the update's own pass over the state, which so costs nothing more.
-        params, moments = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            *((params, moments), (state.params, state.moments)),
-        )
+        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
         metrics = Metrics(loss, norm, rate, ~finite, routing)
         return self._lay(State(state.step + 1, params, moments), self.state_sharding), metrics
 

