@@ -194,30 +194,45 @@ def test_a_folder_with_adapters_of_its_own(base, talk, tmp_path):
         start.check(same, BYTES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "share", "right"), [(0, 0.35, 14), (8, 0.75, 0)])
-def test_it_learns_to_answer(base, talk, tmp_path, rank, share, right):
-    """Whole, questions that were held out too; adapters of random matrices learn less."""
-    config = replace(
-        tuned(base, talk, lora={"rank": rank}),
-        train={"tokens": 400 * 512.0, "steps_per_dispatch": 100},
-        optimizer={"learning_rate": 0.01},
-    )
-    before = train(
-        replace(config, train={"tokens": 512.0}, optimizer={"learning_rate": 1e-9}), tmp_path / "0"
-    )
-    after = train(config, tmp_path / "tuned")
-    assert after["loss"] < share * before["loss"]
+def _answers(config, workdir, asked):
     mesh = one_device()
-    template = open_template(talk, BYTES)
-    asked = [w for w in words(200, seed=1) if w not in words()][:20]
+    template = open_template(config.data, BYTES)
     prompts = [
         BYTES.encode_marked(template.render([{"role": "user", "content": w}], prompt=True))[0]
         for w in asked
     ]
     generator = Generator(
-        *(config, load_params(tmp_path / "tuned", config, mesh), 64, mesh, Sampling(temperature=0)),
+        *(config, load_params(workdir, config, mesh), 64, mesh, Sampling(temperature=0)),
         stop=[BYTES.end_of_text],
     )
-    found = [BYTES.decode(c.tokens) for c in generator([p.tolist() for p in prompts], 8)]
-    assert sum(f == w.upper() for f, w in zip(found, asked, strict=True)) >= right
+    return [BYTES.decode(c.tokens) for c in generator([p.tolist() for p in prompts], 8)]
+
+
+@pytest.mark.slow
+def test_it_learns_to_answer_and_adapters_learn_to_answer_otherwise(base, talk, tmp_path):
+    """Questions that were held out too: whole in capitals, then by adapters with a sign more."""
+    asked = [w for w in words(200, seed=1) if w not in words()][:20]
+
+    def right(config, workdir, wanted):
+        return sum(f == w for f, w in zip(_answers(config, workdir, asked), wanted, strict=True))
+
+    config = replace(
+        tuned(base, talk),
+        train={"tokens": 400 * 512.0, "steps_per_dispatch": 100},
+        optimizer={"learning_rate": 0.01},
+    )
+    train(config, tmp_path / "whole")
+    assert right(config, tmp_path / "whole", [w.upper() for w in asked]) >= 14
+
+    records = [{"prompt": word, "response": word.upper() + "!"} for word in words()]
+    (tmp_path / "louder.jsonl").write_text("\n".join(map(json.dumps, records)))
+    louder = dataclasses.replace(talk, files=str(tmp_path / "louder.jsonl"))
+    config = replace(
+        tuned(tmp_path / "whole", louder, lora={"rank": 4}),
+        train={"tokens": 200 * 512.0, "steps_per_dispatch": 100},
+        optimizer={"learning_rate": 0.03},
+    )
+    wanted = [w.upper() + "!" for w in asked]
+    assert right(replace(config, model={"lora": {"rank": 0}}), tmp_path / "whole", wanted) == 0
+    train(config, tmp_path / "adapters")
+    assert right(config, tmp_path / "adapters", wanted) >= 14
