@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from lm import command, hosts
+from lm.command import BadInput
 from lm.config import Config
 from lm.config_file import config_from_flags, define_config_flag
 from lm.train.profile import profile_range
@@ -34,6 +35,11 @@ flags.DEFINE_string(
 def main() -> int | None:
     config = config_from_flags(FLAGS)
     command.check_folder("--workdir", FLAGS.workdir, "runs/tiny")
+    if "://" in FLAGS.workdir:
+        raise BadInput(
+            f"--workdir={FLAGS.workdir}: a run's folder is a path of a file system (lm.sweep takes"
+            " object stores)"
+        )
     profiled = profile_range(FLAGS.profile) if FLAGS.profile is not None else None
 
     try:

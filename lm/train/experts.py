@@ -11,11 +11,16 @@ from lm.model.moe import Routing
 
 
 class ExpertWatch:
-    """Follows the routing of a run's layers step by step. A resumed run counts idle steps anew."""
+    """Follows the routing of a run's layers step by step, from what ``carried`` gave before."""
 
-    def __init__(self, model: ModelConfig):
+    def __init__(self, model: ModelConfig, carried: list[list[int]] | None = None):
         self.layers, self.dead_after = model.moe_layers, model.moe.dead_after
         self.idle_LE = np.zeros((len(self.layers), model.moe.n_experts), int)  # steps, until now
+        self.idle_LE += np.array(carried or 0)
+
+    def carried(self) -> list[list[int]]:
+        """For how many steps each expert of each layer has had no token."""
+        return self.idle_LE.tolist()
 
     def see(self, routing: Routing, i: int) -> list[str]:
         """Takes in the ``i``-th of the steps of ``routing``; warns, and returns the warnings.

@@ -60,13 +60,19 @@ class Journal:
 
     def carried(self) -> dict[str, Any]:
         """What a checkpoint has to keep, so that a resumed run tells the same."""
-        spikes = self.spikes.carried()
-        return {"unlogged": list(self.unlogged), "spikes": spikes, "events": self.n_events}
+        return {
+            "unlogged": list(self.unlogged),
+            "spikes": self.spikes.carried(),
+            "experts": self.experts.carried() if self.experts else None,
+            "events": self.n_events,
+        }
 
     def _take_up(self, carried: dict[str, Any]) -> None:
         self.unlogged = list(carried.get("unlogged", ()))
         if "spikes" in carried:
             self.spikes = Spikes(self.config.train.spike_deviations, carried["spikes"])
+        if self.experts:
+            self.experts = ExpertWatch(self.config.model, carried.get("experts"))
 
     def event(self, step: int, event: str, told: bool = False, **values: Any) -> None:
         """Writes one event and, unless it is ``told`` already, tells it.

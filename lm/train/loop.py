@@ -101,7 +101,7 @@ def train(
     if config.train.init_from and not (workdir / "checkpoints").exists():
         start.check(config, dataset.tokenizer)
     profile = Profile(workdir, profile)
-    profile.check(0, recipe.n_steps)
+    profile.check(recipe.n_steps)
     programs = {} if programs is None else programs
     key = Program.key(config)
     if key not in programs:
@@ -189,7 +189,8 @@ class _Run:
     def _steps(self) -> str:
         """Runs until it is ``done``, ``diverged``, or ``stopped`` with dispatches in flight."""
         while self.step < self.recipe.n_steps:
-            if self.stopping():
+            # What is saved at a step that is due may be gone back to: never amid skips.
+            if self.stopping() and not (self.skips and self._saves_at(self.step)):
                 return "stopped"
             if self.checkpoints:
                 self.checkpoints.check()
@@ -340,7 +341,7 @@ class _Run:
     def _go_on(self, state: State, meta: dict) -> None:
         """Begins with ``state``, and the ``meta`` that was saved beside it."""
         self.began = int(state.step)
-        self.profile.check(self.began, self.recipe.n_steps)
+        self.profile.go_on(self.began)
         self.clock.go_on(meta.get("seconds", {}))
         self.skips, self.rollbacks = meta.get("skips", 0), meta.get("rollbacks", 0)
         self.journal.open(self.began, meta)

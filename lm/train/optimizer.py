@@ -16,25 +16,28 @@ def is_matrix(path: tuple) -> bool:
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping and Adam's direction; the rate and the decay are applied by ``apply_updates``."""
-    return _adamw(config, config.beta1, config.beta2)
+    return optax.chain(*_parts(config, config.beta1, config.beta2))
 
 
 def update_if(finite: jax.Array, config: OptimizerConfig, gradient, moments, params):
-    """``adamw``'s update; where not ``finite``, moments that are as they were and no direction.
+    """``adamw``'s update; where not ``finite``, moments as they were and a direction that is none.
 
     By decays of one and a gradient of zero: a choice between old moments and new ones would need
-    memory for both, since the direction is made of the new.
+    memory for both, since the direction is made of the new. The direction is then 0 / 0.
     """
     betas = (jnp.where(finite, beta, 1.0) for beta in (config.beta1, config.beta2))
+    clip, adam = _parts(config, *betas)
+    clipped, before = moments
+    gradient, clipped = clip.update(gradient, clipped, params)
     gradient = jax.tree.map(lambda g: jnp.where(finite, g, 0), gradient)
-    direction, new = _adamw(config, *betas).update(gradient, moments, params)
-    before, after = (optax.tree.get(state, "count") for state in (moments, new))
-    return direction, optax.tree.set(new, count=jnp.where(finite, after, before))
+    direction, after = adam.update(gradient, before, params)
+    count = jnp.where(finite, after.count, before.count)
+    return direction, (clipped, after._replace(count=count))
 
 
-def _adamw(config: OptimizerConfig, beta1, beta2) -> optax.GradientTransformation:
+def _parts(config: OptimizerConfig, beta1, beta2) -> tuple[optax.GradientTransformation, ...]:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optax.scale_by_adam(beta1, beta2, config.eps))
+    return clip, optax.scale_by_adam(beta1, beta2, config.eps)
 
 
 def apply_updates(params, direction, rate, matrix_scale, weight_decay: float):

@@ -1,6 +1,7 @@
 """An XProf trace of chosen steps."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,29 @@ class Profile:
         self._folder, self._under_way = workdir / "profile", False
         self.steps = steps or ()  # at which dispatches have to end
 
-    def check(self, step: int, n_steps: int) -> None:
-        """Raises ``BadInput`` where a run from ``step`` to ``n_steps`` does not have the steps."""
-        if self.steps and not step <= self.steps[0] < self.steps[1] <= n_steps:
+    def check(self, n_steps: int) -> None:
+        """Raises ``BadInput`` where a run of ``n_steps`` does not have the steps."""
+        if self.steps and self.steps[1] > n_steps:
             raise BadInput(
-                f"--profile={self.steps[0]}:{self.steps[1]}: must lie within the steps that are to"
-                f" be done, {step}:{n_steps}"
+                f"--profile={self.steps[0]}:{self.steps[1]}: must lie within the run's steps,"
+                f" 0:{n_steps}"
             )
+
+    def go_on(self, step: int) -> None:
+        """Of a run that begins at ``step``; says so where that is too late for a trace.
+
+        That is no error: the command of a run that was pre-empted is given again as it was.
+        """
+        if self.steps and step > self.steps[0]:
+            print(
+                f"no trace: the run goes on from step {step}, beyond --profile's {self.steps[0]}",
+                file=sys.stderr,
+            )
+            self.steps = ()
 
     def before(self, step: int, state: Any) -> None:
         """Of a dispatch that begins at ``step``: so may the trace."""
-        if step in self.steps[:1]:
+        if step in self.steps[:1] and not self._under_way:
             import jax  # here: a command's flags are read without it
 
             jax.block_until_ready(state)

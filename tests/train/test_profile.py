@@ -13,10 +13,18 @@ def test_a_range_is_two_steps():
             profile_range(text)
 
 
-@pytest.mark.parametrize("step, n_steps", [(0, 19), (11, 100)])
-def test_steps_that_are_not_to_be_done_are_refused(tmp_path, step, n_steps):
+def test_steps_that_a_run_does_not_have_are_refused(tmp_path):
     profile = Profile(tmp_path, (10, 20))
-    profile.check(10, 20)
-    with pytest.raises(BadInput, match=f"--profile=10:20: must lie within .* {step}:{n_steps}"):
-        profile.check(step, n_steps)
-    Profile(tmp_path, None).check(step, n_steps)
+    profile.check(20)
+    with pytest.raises(BadInput, match="--profile=10:20: must lie within the run's steps, 0:19"):
+        profile.check(19)
+    Profile(tmp_path, None).check(1)
+
+
+def test_a_run_that_goes_on_beyond_them_has_no_trace_and_says_so(tmp_path, capsys):
+    profile = Profile(tmp_path, (10, 20))
+    profile.go_on(10)
+    assert profile.steps == (10, 20) and not capsys.readouterr().err
+    profile.go_on(11)
+    assert profile.steps == ()
+    assert "no trace: the run goes on from step 11" in capsys.readouterr().err
