@@ -58,7 +58,9 @@ def held_out(
                     key = (source_B[b], document_BT[b, at[0]])
                     n_bytes = dataset.token_bytes[batch.targets_BT[b, at]]
                     name = dataset.sources[source_B[b]].name
-                    yield key, Document(name, nats_BT[b, at], n_bytes, at)
+                    kept_apart = batch.positions_BT is not None
+                    before = batch.positions_BT[b, at] if kept_apart else at
+                    yield key, Document(name, nats_BT[b, at], n_bytes, before)
 
     for _, parts in itertools.groupby(pieces(), lambda piece: piece[0]):
         parts = [part for _, part in parts]

@@ -31,6 +31,7 @@ class Completion:
     tokens: list[int]
     log_probabilities: list[float]  # of each token under the model itself, whatever the sampling
     stopped: bool  # by a stop token, not by the length
+    log_probability: float  # of all of it together, the stop token with it
 
 
 class _Text(NamedTuple):
@@ -38,6 +39,7 @@ class _Text(NamedTuple):
 
     tokens_BP: jax.Array  # int32
     log_p_BP: jax.Array
+    total_B: jax.Array  # log-probability of what was drawn, a stop token with it
     length_B: jax.Array  # tokens so far, the prompt's included
     done_B: jax.Array
     logits_BV: jax.Array  # of each row's next token
@@ -181,7 +183,7 @@ class Generator:
             seen_BV = seen_BV.at[jnp.arange(b)[:, None], inputs_BT].max(segments_BT == 0)
         tokens_BP = jnp.zeros((b, self.positions), jnp.int32).at[:, :t].set(inputs_BT)
         text = _Text(
-            *(tokens_BP, jnp.zeros(tokens_BP.shape), length_B, jnp.zeros(b, bool)),
+            *(tokens_BP, jnp.zeros(tokens_BP.shape), jnp.zeros(b), length_B, jnp.zeros(b, bool)),
             *(logits_BV, seen_BV),
         )
         return text, cache
@@ -213,6 +215,7 @@ class Generator:
                 _Text(
                     text.tokens_BP.at[rows_B, at_B].set(token_B, mode="drop"),
                     text.log_p_BP.at[rows_B, at_B].set(log_p_B, mode="drop"),
+                    text.total_B + jnp.where(text.done_B, 0, log_p_B),
                     text.length_B + ~stopped_B,
                     stopped_B,
                     self._next_logits(params, x_BTD[:, 0]),
@@ -225,17 +228,19 @@ class Generator:
         return text, cache
 
     def _completions(self, text: _Text, started_B: np.ndarray) -> list[Completion]:
-        fields = (text.tokens_BP, text.log_p_BP, text.length_B, text.done_B)
+        fields = (text.tokens_BP, text.log_p_BP, text.total_B, text.length_B, text.done_B)
         rows = zip(*jax.device_get(fields), started_B, strict=True)
         return [
-            Completion(tokens[first:end].tolist(), log_p[first:end].tolist(), bool(done))
-            for tokens, log_p, end, done, first in rows
+            Completion(
+                tokens[first:end].tolist(), log_p[first:end].tolist(), bool(done), float(total)
+            )
+            for tokens, log_p, total, end, done, first in rows
         ]
 
 
 def best(completions: Sequence[Completion]) -> Completion:
-    """The one whose tokens are likeliest together."""
-    return max(completions, key=lambda completion: sum(completion.log_probabilities))
+    """The likeliest one as a whole: to have ended there counts, too."""
+    return max(completions, key=lambda completion: completion.log_probability)
 
 
 def vote(texts: Sequence[str], wanted: re.Pattern) -> tuple[str | None, float]:

@@ -1,5 +1,6 @@
 """Loss on text against sums over rows taken one at a time; documents as clusters."""
 
+import copy
 import math
 
 import numpy as np
@@ -47,6 +48,20 @@ def test_held_out_windows_are_the_ones_of_training(scorer):
     assert told["tokens"] == 960 and told["documents"] == len(found)
     assert told["loss"] == pytest.approx(expected.mean())
     assert told["perplexity"] == pytest.approx(math.exp(expected.mean()))
+
+
+def test_positions_start_again_where_documents_are_kept_apart(scorer):
+    apart = copy.copy(scorer[0])
+    apart.config = replace(apart.config, data={"respect_documents": True})
+    found = np.concatenate([document.positions for document in held_out(apart)])
+    wanted = np.concatenate(
+        [
+            batch.positions_BT[batch.weights_BT > 0]
+            for batch in open_dataset(apart.config.data).validation(1)
+        ]
+    )
+    np.testing.assert_array_equal(found, wanted)
+    assert (found != np.concatenate([d.positions for d in held_out(scorer[0])])[: len(found)]).any()
 
 
 def test_targets_are_of_the_documents_that_the_stream_has(tmp_path):

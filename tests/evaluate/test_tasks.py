@@ -43,7 +43,7 @@ class Told:
     def generate(self, prompts, max_tokens, sampling, until, seed, cut):
         self.asked += prompts
         self.until = until
-        return [Generated(self.texts.pop(0), Completion([], [], True)) for _ in prompts]
+        return [Generated(self.texts.pop(0), Completion([], [], True, 0.0)) for _ in prompts]
 
 
 QUESTIONS = [

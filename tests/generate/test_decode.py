@@ -144,6 +144,8 @@ def test_texts_end_at_a_stop_token_and_streams_grow(greedy):
         assert short.tokens == long.tokens[:n]
         assert len(short.log_probabilities) == n
         assert short.stopped == (n < 20)
+        whole = sum(long.log_probabilities[: n + 1])  # with the stop token's
+        assert short.log_probability == pytest.approx(whole, abs=1e-5)
     parts = [part[1].tokens for part in generator.stream(PROMPTS, 20, every=2)]
     assert parts[0] == found[1].tokens[:2]
     assert all(b[: len(a)] == a for a, b in zip(parts, parts[1:], strict=False))
@@ -232,5 +234,9 @@ def test_a_vote_is_for_the_commonest_last_answer():
 
 
 def test_the_best_is_the_likeliest_together():
-    unlikely, likely = Completion([1, 2], [-1.0, -3.0], True), Completion([3], [-3.5], True)
-    assert best([unlikely, likely]) is likely
+    unlikely, likely = (
+        Completion([1, 2], [-1.0, -3.0], False, -4.0),
+        Completion([3], [-3.0], True, -3.5),
+    )
+    empty = Completion([], [], True, -9.0)  # none of its tokens is unlikely, but to end there was
+    assert best([unlikely, likely, empty]) is likely
