@@ -90,6 +90,7 @@ def test_the_first_parameters_are_the_folders_on_any_mesh(base, talk, mesh):
     assert shardings == jax.tree.map(lambda x: x.sharding, abstract_params(config, program.mesh))
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_a_run_that_begins_at_the_folders_loss(base, talk, tmp_path):
     """With a rate of next to nothing, the loss is that of the folder's parameters."""
     config = replace(tuned(base, talk, lora={"rank": 2}), optimizer={"learning_rate": 1e-9})

@@ -178,6 +178,7 @@ def test_only_adapters_are_trained_and_have_optimizer_state(adapted):
     assert metrics.gradient_norm[0] > 0
 
 
+@pytest.mark.slow
 def test_adapters_after_one_step_are_adams(adapted):
     """Against optax's partition of the whole tree."""
     program = adapted[2]
@@ -199,10 +200,10 @@ def test_adapters_after_one_step_are_adams(adapted):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(mesh=dict(data=2, model=4)),
+        pytest.param(dict(mesh=dict(data=2, model=4)), marks=pytest.mark.slow),
         dict(mesh=dict(data=4, model=2, zero=3)),
-        dict(train=dict(accumulation=4)),
-        dict(model=dict(remat="full")),
+        pytest.param(dict(train=dict(accumulation=4)), marks=pytest.mark.slow),
+        pytest.param(dict(model=dict(remat="full")), marks=pytest.mark.slow),
     ],
     ids=str,
 )
