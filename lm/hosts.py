@@ -29,6 +29,7 @@ HEARTBEAT_SECONDS = 50  # jax's own, which names nobody: behind the watch's
 # would not let the run save.
 STOP = signal.SIGUSR1
 FAILING_SECONDS = 15.0  # that processes may fail apart and still have failed together
+REFUSALS = {kind.__name__: kind for kind in (BadInput, *BadInput.__subclasses__())}
 
 
 class Cluster(NamedTuple):
@@ -265,16 +266,19 @@ def _agree(decide: Callable[[list], Any], says: Any, seconds: float | None = Non
         word = _link.words.get(timeout=seconds)["agreed"]
     else:
         said = [says, *(_link.words.get(timeout=seconds)["says"] for _ in range(1, _link.n))]
-        if _HAVE_FAILED in said and says != _HAVE_FAILED:
+        if _HAVE_FAILED in said and set(said) != {_HAVE_FAILED}:
+            if says == _HAVE_FAILED:
+                return False  # and nobody is answered: others have asked for something else
             threading.Event().wait()  # for the end that the others make of it
         with ending_all():
             try:
                 word = {"value": decide(said)}
             except BadInput as error:
-                word = {"refused": str(error)}
+                word = {"refused": [type(error).__name__, str(error)]}
             _link.say({"agreed": word})
     if "refused" in word:
-        raise BadInput(word["refused"])
+        kind, reason = word["refused"]
+        raise REFUSALS[kind](reason)
     return word["value"]
 
 
@@ -315,7 +319,7 @@ def failing_together() -> Iterator[None]:
 
 def _all_fail() -> bool:
     try:
-        return _agree(lambda said: set(said) == {_HAVE_FAILED}, _HAVE_FAILED, FAILING_SECONDS)
+        return _agree(lambda said: True, _HAVE_FAILED, FAILING_SECONDS)
     except queue.Empty:
         return False
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from lm import hosts
 from lm.checkpoint import Checkpoints, abstract_like
-from lm.command import BAD_INPUT, PREEMPTED, BadInput
+from lm.command import BAD_INPUT, PREEMPTED, BadInput, InUse
 from lm.config import Config, MeshConfig, ModelConfig, replace, to_dict
 from lm.sharding import make_mesh
 from lm.train import loop
@@ -82,6 +83,52 @@ def test_alone_everything_is_as_without():
     for within in (hosts.ending_all, hosts.failing_together):
         with pytest.raises(KeyError), hosts.joined(), within():
             raise KeyError
+
+
+class Link:
+    """The line of process ``index`` of two, to a test that is the other one."""
+
+    n, name = 2, "process"
+
+    def __init__(self, index, *heard):
+        self.index, self.said, self.words = index, [], queue.SimpleQueue()
+        for word in heard:
+            self.words.put(json.loads(json.dumps(word)))
+
+    def say(self, word):
+        self.said.append(word)
+
+
+@pytest.mark.parametrize("kind", [BadInput, InUse])
+def test_what_process_0_refuses_is_refused_alike_everywhere(monkeypatch, kind):
+    def refuse():
+        raise kind("not this folder")
+
+    first = Link(0, {"here": 1, "says": None})
+    monkeypatch.setattr(hosts, "_link", first)
+    with pytest.raises(BadInput, match="not this folder") as here:
+        hosts.agree(refuse)
+    monkeypatch.setattr(hosts, "_link", Link(1, *first.said))
+    with pytest.raises(BadInput, match="not this folder") as there:
+        hosts.agree(lambda: 1 / 0)
+    assert here.type is there.type is kind
+
+
+@pytest.mark.parametrize("other", [hosts._HAVE_FAILED, None, False])
+def test_a_process_that_failed_alone_answers_no_question_of_another(monkeypatch, other):
+    """Which would go on from it, and fail of that."""
+    link = Link(0, {"here": 1, "says": other})
+    monkeypatch.setattr(hosts, "_link", link)
+
+    def end_all(error):
+        link.say({"failed": str(error)})
+        raise error
+
+    monkeypatch.setattr(hosts, "_end_all", end_all)
+    together = other == hosts._HAVE_FAILED
+    with pytest.raises(MemoryError, match="no room"), hosts.failing_together():
+        raise MemoryError("no room")
+    assert link.said == [{"agreed": {"value": True}} if together else {"failed": "no room"}]
 
 
 @pytest.fixture(scope="module")

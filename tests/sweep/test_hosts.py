@@ -1,5 +1,6 @@
 """A study by several processes: each run on the devices of all, as one process would train it."""
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -96,6 +97,20 @@ def test_what_process_0_refuses_ends_all(config_file, tmp_path):
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert all("only 2 shapes" in text for text in said), said
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_trains_is_waited_for(config_file, tmp_path):
+    store = Store(tmp_path / "out")
+    folder = store.folder(planned(config_file)[0])
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        processes = start(config_file, tmp_path / "out", 2)
+        assert any("waiting: " in line for line in processes[0].stdout)
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert len(rows(tmp_path / "out")) == 2
 
 
 FAILING = """
