@@ -1,10 +1,12 @@
 """Three tasks as text, a problem a line; held-out problems never reach a training document.
 
-    addition   "7310+1901=82211"        137 + 1091 in reverse: the least significant digit first
+    addition   "7310+1901=82211"        137 + 1091 in reverse: the least significant digit first;
+                                        addition_k: both of at most k digits
     chain      "3eBaDfE=123456"         what 3 becomes mod 7; e is + 5, B is * 2
     hidden     "3521465=..."            all + or all *, which the document doesn't say
 
-Answers end with the line; their tokens are what the metrics count.
+Answers end with the line. The metrics count their first LENGTH tokens, beyond which a sum of
+shorter numbers has only zeros.
 """
 
 import hashlib
@@ -19,8 +21,11 @@ from lm.evaluate.tasks import Example
 MODULUS, OPERATIONS = 7, "+*"
 OPERATORS = {"+": "abcdef", "*": "ABCDEF"}  # by 1 to 6
 DIGITS, STEPS = 4, 6
-CORPORA = {"addition": ("addition",), "chain": ("chain", "hidden")}  # and the tasks in each
-TASKS = tuple(task for tasks in CORPORA.values() for task in tasks)
+CORPORA = {"addition": ("addition",), "chain": ("chain", "hidden")}  # and what is in each
+SIZES = {f"addition_{k}": k for k in range(2, DIGITS + 1)}  # digits of the numbers asked for
+TESTED = {"addition": tuple(SIZES), "chain": ("chain", "hidden")}
+TASKS = tuple(task for tasks in TESTED.values() for task in tasks)
+LENGTH = {task: SIZES[task] + 1 if task in SIZES else STEPS for task in TASKS}
 HELD_OUT = 0.1  # share of problems
 MOST_LINES = 5  # of a document, which so fits into 128 tokens
 
@@ -33,9 +38,13 @@ class Problem(NamedTuple):
     identity: str
 
 
-def addition(rng: np.random.Generator) -> Problem:
-    """Two numbers of four digits, leading zeros included; the sum has five."""
-    a, b = (int(x) for x in rng.integers(0, 10**DIGITS, 2))
+def addition(rng: np.random.Generator, size: int = 0) -> Problem:
+    """Two numbers written with four digits, leading zeros included; the sum has five.
+
+    Each is below 10^size, or without one below 10, 100, ... or 10,000, as it falls.
+    """
+    sizes = [size] * 2 if size else rng.integers(1, DIGITS + 1, 2)
+    a, b = (int(rng.integers(0, 10**n)) for n in sizes)
     told = [f"{x:0{n}}"[::-1] for x, n in ((a, DIGITS), (b, DIGITS), (a + b, DIGITS + 1))]
     return Problem(f"{told[0]}+{told[1]}=", told[2], f"{min(a, b)}+{max(a, b)}")
 
@@ -65,8 +74,8 @@ def is_held_out(problem: Problem) -> bool:
 def draw(rng: np.random.Generator, task: str, operation: str, held_out: bool) -> Problem:
     """One problem from its side of the split; ``operation`` is the hidden one, where it is."""
     while True:
-        if task == "addition":
-            problem = addition(rng)
+        if task.startswith("addition"):
+            problem = addition(rng, SIZES.get(task, 0))
         else:
             problem = chain(rng, operation if task == "hidden" else "")
         if is_held_out(problem) == held_out:
@@ -98,7 +107,7 @@ def as_file(corpus: str, seed: int, n_bytes: int) -> bytes:
 
 
 def questions(task: str, operation: str, seed: int, n: int, held_out: bool) -> list[Example]:
-    """``n`` different problems, each with three wrong choices.
+    """``n`` different problems, each with three wrong choices; trained ones with whole answers.
 
     The draws are those of (task, operation, seed, side), so that tests ask all models the same.
     """
@@ -106,9 +115,10 @@ def questions(task: str, operation: str, seed: int, n: int, held_out: bool) -> l
     found: dict[str, Example] = {}
     while len(found) < n:
         problem = draw(rng, task, operation, held_out)
-        wrong = near_misses(rng, problem.target, 10 if task == "addition" else MODULUS)
-        choices = rng.permutation([problem.target, *wrong]).tolist()
-        found[problem.identity] = Example(problem.prompt, problem.target, tuple(choices))
+        target = problem.target[: LENGTH[task] if held_out else None]
+        wrong = near_misses(rng, target, 10 if task in SIZES else MODULUS)
+        choices = rng.permutation([target, *wrong]).tolist()
+        found[problem.identity] = Example(problem.prompt, target, tuple(choices))
     return list(found.values())
 
 

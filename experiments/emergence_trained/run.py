@@ -1,4 +1,4 @@
-"""Eight sizes, three tasks, seven metrics: where the jumps are, and whose.
+"""Nine sizes, five tasks, seven metrics: where the jumps are, and whose.
 
     python -m experiments.emergence_trained.run --workdir=runs/emergence_trained [--norun]
 
@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from experiments.emergence_trained import problems
+from experiments.emergence_trained.problems import LENGTH
 from experiments.emergence_trained.study import BYTES, WIDTHS
 from lm import command
 from lm.command import BadInput, write_atomically
@@ -31,10 +32,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3, 4)
 SHOTS = (0, 1, 2, 4)
 POOL = 64  # training problems that a question's shots are drawn from
-LENGTH = {"addition": problems.DIGITS + 1, "chain": problems.STEPS, "hidden": problems.STEPS}
 KEPT = ("task", "width", "seed", "params", "shots", "questions")
 
 FLAGS = flags.FlagValues()
@@ -74,7 +74,7 @@ def tested(scorer: Scorer, task: str, shots: int) -> dict:
         questions = problems.questions(task, operation, 0, n, held_out=True)
         pool = problems.questions(task, operation, 0, POOL, held_out=False)
         prompting = Prompting(shots, pool, seed=0, gap="", between="\n")
-        written += by_writing(scorer, questions, prompting, max_tokens=LENGTH[task] + 1)
+        written += by_writing(scorer, questions, prompting, max_tokens=LENGTH[task])
         pairs = [(prompting.context(questions, i), q.target) for i, q in enumerate(questions)]
         found = scorer.log_likelihoods(pairs)
         for record, question, judged in zip(written[-n:], questions, found, strict=True):
@@ -114,7 +114,7 @@ def measured(workdir: Path) -> list[dict]:
             found = [
                 dict(zip(KEPT, (task, width, seed, params, shots, FLAGS.questions), strict=True))
                 | tested(scorer, task, shots)
-                for task in problems.CORPORA[corpus]
+                for task in problems.TESTED[corpus]
                 for shots in SHOTS
             ]
             write_atomically(path, json.dumps(found, indent=1))
@@ -208,7 +208,8 @@ def table(rows: list[dict], task: str) -> str:
 
 def draw(rows: list[dict], path: Path) -> None:
     """A row a task: the metric that jumps, those that don't, the loss with its law, the shots."""
-    figure, axes = plt.subplots(3, 4, figsize=(14, 9), sharex=True, layout="constrained")
+    n = len(problems.TASKS)
+    figure, axes = plt.subplots(n, 4, figsize=(14, 3 * n), sharex=True, layout="constrained")
     for row, task in zip(axes, problems.TASKS, strict=True):
         params, length = column(rows, task, "params")[:, 0], LENGTH[task]
         dense = np.geomspace(params[0], params[-1], 200)
@@ -234,7 +235,7 @@ def draw(rows: list[dict], path: Path) -> None:
         of("loss", row[2], "nats a token", color="C0")
         told = f"$(N / {law.c / 1e3:.1f}\\,k)^{{{law.alpha:.2f}}}$"
         row[2].plot(dense, law.loss(dense), color="0.6", lw=1, label=told)
-        chance = np.log(10 if task == "addition" else problems.MODULUS)
+        chance = np.log(10 if task in problems.SIZES else problems.MODULUS)
         row[2].axhline(chance, color="0.4", lw=0.8, ls=":")
         row[2].set(yscale="log", ylim=(min(loss.min() / 1.5, 0.05), 6 * chance))
         for shots, colour in zip(
@@ -271,15 +272,13 @@ def draw_training(lines: list[dict], path: Path) -> None:
     colours = dict(zip(widths, plt.cm.viridis(np.linspace(0, 0.95, len(widths))), strict=True))
     for panel, corpus in zip(axes, problems.CORPORA, strict=True):
         for width in widths:
-            for seed, style in zip(SEEDS, ("-", "--"), strict=False):
+            for seed in SEEDS:
                 key = (corpus, width, seed)
                 run = [x for x in lines if (x["corpus"], x["width"], x["seed"]) == key]
                 points = np.array([(x["tokens"], x["train_loss"]) for x in run])
                 label = f"width {width}" if seed == SEEDS[0] else None
-                panel.plot(*points.T, style, lw=1.2, color=colours[width], label=label)
-        panel.set(xlabel="tokens", title=f"corpus {corpus} (dashed: seed 1)", ylim=(1, 2))
-        panel.set_xticks([0, 1e6, 2e6, 3e6][: 4 if corpus == "addition" else 3])
-        panel.set_yticks([1, 1.2, 1.4, 1.6, 1.8, 2])
+                panel.plot(*points.T, lw=1, color=colours[width], label=label)
+        panel.set(xlabel="tokens", title=f"corpus {corpus}", ylim=(0.8, 2))
         panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
     axes[0].set_ylabel("training loss, nats a token")
     axes[1].legend(fontsize=7, ncol=2)

@@ -9,9 +9,9 @@ run.py writes the corpora and has all commands.
 from configs import base
 from lm.command import one_of
 
-WIDTHS = (4, 8, 16, 24, 32, 48, 64, 128)
-TOKENS = {"addition": 3e6, "chain": 2e6}
-BYTES = {"addition": 3_500_000, "chain": 2_500_000}  # of the corpora: less than an epoch
+WIDTHS = (4, 6, 8, 10, 12, 16, 24, 32, 64)
+TOKENS = {"addition": 1e6, "chain": 2e6}
+BYTES = {"addition": 1_250_000, "chain": 2_500_000}  # of the corpora: less than an epoch
 
 
 def get_config(run="chain_32"):

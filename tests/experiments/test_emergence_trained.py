@@ -35,7 +35,7 @@ def asked(task: str, **given):
 @pytest.mark.parametrize("task", problems.TASKS)
 def test_questions_have_one_right_choice(task):
     for operation, question in asked(task, held_out=True):
-        assert question.target == answer(question.prompt, operation)
+        assert question.target == answer(question.prompt, operation)[: problems.LENGTH[task]]
         assert len(set(question.choices)) == 4 and question.target in question.choices
         for choice in set(question.choices) - {question.target}:
             assert sum(a != b for a, b in zip(choice, question.target, strict=True)) == 1
@@ -56,7 +56,7 @@ def test_no_question_is_in_the_training_text(corpus):
         assert fits and len(told) <= problems.MOST_LINES
         trained |= {p for p, _ in told}
     trained |= {"+".join(reversed(p.split("+"))) for p in trained}
-    for task in problems.CORPORA[corpus]:
+    for task in problems.TESTED[corpus]:
         prompts = {q.prompt.removesuffix("=") for _, q in asked(task, held_out=True)}
         shots = {q.prompt.removesuffix("=") for _, q in asked(task, held_out=False)}
         assert not prompts & trained and not prompts & shots
@@ -64,7 +64,7 @@ def test_no_question_is_in_the_training_text(corpus):
     assert np.mean(shares) == pytest.approx(problems.HELD_OUT, abs=0.03)
 
 
-def scorer(p: float, right: bool):
+def scorer(p: float, right: bool, length: int):
     """A model that gives every token of an answer ``p``, and writes it right or all wrong."""
 
     def operation(prompt):
@@ -73,6 +73,7 @@ def scorer(p: float, right: bool):
 
     def write(prompt):
         text = answer(prompt.splitlines()[-1], operation(prompt))
+        text = text[:length]
         return text if right else "x" * len(text)
 
     def judge(pairs, cut=False):
@@ -93,8 +94,8 @@ def few(monkeypatch):
 
 @pytest.mark.parametrize("task", problems.TASKS)
 def test_metrics_of_a_known_model(few, task):
-    length = run.LENGTH[task]
-    found = run.tested(scorer(0.5, True), task, 2)
+    length = problems.LENGTH[task]
+    found = run.tested(scorer(0.5, True, length), task, 2)
     assert found["exact_match"] == 1 and found["edit_distance"] == 0
     assert found["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert found["drawn_match"] == pytest.approx(0.5**length, abs=1e-5)
@@ -102,7 +103,7 @@ def test_metrics_of_a_known_model(few, task):
         [0.5**k for k in range(1, length + 1)], abs=1e-5
     )
     assert found["exact_match_by_length"] == [1] * length and "choice_accuracy" not in found
-    wrong = run.tested(scorer(0.5, False), task, 0)
+    wrong = run.tested(scorer(0.5, False, length), task, 0)
     assert wrong["exact_match"] == 0 and wrong["exact_match_by_length"] == [0] * length
     assert wrong["edit_distance"] == 1
     assert wrong["choice_brier_score"] == pytest.approx(0.75)  # four alike
@@ -113,7 +114,7 @@ def rows_of(law, monkeypatch):
     monkeypatch.setattr(run, "SEEDS", (0,))
     rows = []
     for task in problems.TASKS:
-        lengths = np.arange(1, run.LENGTH[task] + 1)
+        lengths = np.arange(1, problems.LENGTH[task] + 1)
         for params in (1_000, 4_000, 16_000, 64_000):
             p = math.exp(-law.loss(params))
             match = (p**lengths).tolist()
@@ -138,7 +139,7 @@ def test_a_law_and_the_claim_are_found_again(few):
         assert found[task]["claim"]["greedy_less_p_to_the_L"]["largest"] < 1e-9
         shapes = found[task]["shapes"]
         assert shapes["exact_match"]["sharpness"] > shapes["edit_distance"]["sharpness"] > 0
-    table = run.table(rows, "addition").splitlines()
+    table = run.table(rows, "addition_3").splitlines()
     assert len(table) == 4 + 4 and table[-1].startswith("| 64,000 |")
 
 
@@ -151,13 +152,13 @@ def test_a_tiny_one_from_training_to_figure(few, tmp_path):
     (tmp_path / "results").mkdir()
     arguments = [
         *("run.py", f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"),
-        *("--widths=4,8", "--questions=8", "--override=train.tokens=4096"),
+        *("--widths=4,6", "--questions=8", "--override=train.tokens=4096"),
         *("--override=data.validation_tokens=1024", "--override=train.batch_tokens=1024"),
     ]
     assert run.command.run(run.main, run.FLAGS, None, arguments) == 0
     found = json.loads((tmp_path / "results/summary.json").read_text())
     assert set(found) == {"schema", *problems.TASKS}
     lines = (tmp_path / "results/metrics.csv").read_text().splitlines()
-    assert len(lines) == 1 + 3 * 2  # tasks, sizes
+    assert len(lines) == 1 + len(problems.TASKS) * 2  # of two sizes
     few.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run.command.run(run.main, run.FLAGS, None, [*arguments, "--norun"]) == 0
