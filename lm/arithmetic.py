@@ -27,6 +27,12 @@ Number = Any  # an int, a float or a numpy array of either
 
 DEFAULT_CONVENTION = "exact"  # how the project's own runs are accounted
 
+_CACHE_BYTES = {  # of a value, and beside the values of a head
+    "float32": (4, 0),
+    "bfloat16": (2, 0),
+    "float16": (2, 0),
+    "int8": (1, 4),
+}
 _FEED_FORWARD_MATRICES = {"swiglu": 3, "geglu": 3, "gelu": 2, "relu": 2}
 
 
@@ -182,10 +188,15 @@ def flops_per_token(
 
 def _keys_per_query(seq_len: Number, window: Number) -> Number:
     """The mean over queries of min(1 + position, window); a window of 0 is none."""
-    window = np.where(np.asarray(window) == 0, seq_len, np.minimum(window, seq_len))
+    window = _keys_kept(seq_len, window)
     ramp = window * (window + 1) / 2  # the queries that don't fill the window yet
-    mean = (ramp + (seq_len - window) * window) / seq_len
-    return mean if mean.ndim else float(mean)
+    return (ramp + (seq_len - window) * window) / seq_len
+
+
+def _keys_kept(seq_len: Number, window: Number) -> Number:
+    """min(seq_len, window); a window of 0 is none."""
+    kept = np.where(np.asarray(window) == 0, seq_len, np.minimum(window, seq_len))
+    return kept if kept.ndim else kept.item()
 
 
 def training_flops(
@@ -204,11 +215,18 @@ def effective_parameters(model: ModelConfig | SimpleNamespace, seq_len: Number) 
 
 
 def kv_cache_bytes(
-    model: ModelConfig | SimpleNamespace, batch: Number, seq_len: Number, bytes_per_value: int = 2
+    model: ModelConfig | SimpleNamespace, batch: Number, seq_len: Number, dtype: str = "bfloat16"
 ) -> Number:
-    """Bytes of the keys and values of `batch` sequences of `seq_len` tokens."""
-    per_token = 2 * model.n_layers * model.n_kv_heads * model.head_width * bytes_per_value
-    return per_token * batch * seq_len
+    """Bytes of the keys and values of `batch` sequences of `seq_len` tokens.
+
+    A sliding window bounds what is kept of a sequence. `dtype`: float32, bfloat16, float16, or int8
+    with a float32 scale a head and token.
+    """
+    one_of("the cache's dtype", dtype, list(_CACHE_BYTES))
+    per_value, per_head = _CACHE_BYTES[dtype]
+    kept = _keys_kept(seq_len, model.sliding_window)
+    per_head = per_head + model.head_width * per_value
+    return 2 * model.n_layers * model.n_kv_heads * per_head * batch * kept
 
 
 def weight_bytes(params: Number, bytes_per_value: int = 2) -> Number:

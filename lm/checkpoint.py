@@ -122,6 +122,19 @@ def load_config(workdir: Path) -> configuration.Config:
     return config
 
 
+def context(config: configuration.Config) -> int:
+    """Positions that a run's model was made for: by its training, or by scaled rotary positions.
+
+    And by the training of the run that it started from, where that is there.
+    """
+    scaling = config.model.rope_scaling
+    known = [config.data.seq_len, int(scaling.original_positions * scaling.factor)]
+    before = Path(config.train.init_from)
+    if config.train.init_from and (before / "config.json").exists():
+        known.append(context(load_config(before)))
+    return max(known)
+
+
 def load_params(workdir: Path, config: configuration.Config, mesh: Mesh) -> Any:
     """The decoder's parameters in the newest whole checkpoint of a run, laid over ``mesh``.
 

@@ -256,6 +256,13 @@ def test_cache_and_state_bytes():
         model = dataclasses.replace(seventy, n_kv_heads=kv_heads)
         in_gb = arithmetic.kv_cache_bytes(model, batch=1, seq_len=32_000) / 1e9
         assert in_gb == pytest.approx(gigabytes, rel=0.01)
+    halved = arithmetic.kv_cache_bytes(seventy, 1, 32_000, "int8")  # 128 bytes a head, and 4
+    assert halved == arithmetic.kv_cache_bytes(seventy, 1, 32_000) * 132 / 256
+    rolling = dataclasses.replace(seventy, sliding_window=4096)
+    kept = arithmetic.kv_cache_bytes(rolling, 1, np.array([1_000, 4_096, 32_000]))
+    assert (kept == arithmetic.kv_cache_bytes(seventy, 1, np.array([1_000, 4_096, 4_096]))).all()
+    with pytest.raises(BadInput, match="the cache's dtype = 'int4': must be one of float32"):
+        arithmetic.kv_cache_bytes(seventy, 1, 32_000, "int4")
     assert arithmetic.weight_bytes(70e9) == 140e9
     assert arithmetic.optimizer_bytes(10) == 160
     assert arithmetic.optimizer_bytes(10, gradients=False) == 120

@@ -106,7 +106,7 @@ def by_position(n_layers: int, mesh) -> dict:
     model = config.model
     weights = arithmetic.weight_bytes(arithmetic.parameters(model).blocks_and_head, 4)
     bytes_, flops = (
-        [weights + arithmetic.kv_cache_bytes(model, 1, n, 4) for n in (NEAR, FAR)],
+        [weights + arithmetic.kv_cache_bytes(model, 1, n, "float32") for n in (NEAR, FAR)],
         [arithmetic.flops_per_token(model, n) / 3 for n in (NEAR, FAR)],
     )
     ratios = {"bytes": bytes_[1] / bytes_[0], "flops": flops[1] / flops[0]}

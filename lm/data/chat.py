@@ -129,6 +129,20 @@ def open_template(tokenizer_name: str, tokenizer: Tokenizer, path: str = "") -> 
     return Template(_read(Path(path)) if path else source or DEFAULT, special)
 
 
+def end_of_turn(template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The special token that ends the assistant's turn, which may not be the end of text; or none.
+
+    So it is where the template refuses a plain conversation, or ends a turn with other text.
+    """
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<answer>"}]
+    try:
+        _, _, after = template.render(talk).rpartition("<answer>")
+    except BadInput:
+        return []
+    ids = tokenizer.encode_marked(after.strip())[0].tolist()[:1]
+    return ids if tokenizer.decode(ids) in tokenizer.special_names else []
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -135,6 +135,11 @@ class JsonTokenizer:
 Tokenizer = ByteTokenizer | JsonTokenizer
 
 
+def decode_after(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """Text of ``ids`` that follow ``prompt``: alone, SentencePiece's would lose a first blank."""
+    return tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :]
+
+
 def _token_bytes(settings: dict, vocabulary: dict[str, int], vocab_size: int) -> np.ndarray:
     """Bytes that each id stands for, by the vocabulary's way of spelling; 0 for specials."""
     special = {t["content"] for t in settings.get("added_tokens", []) if t.get("special")}

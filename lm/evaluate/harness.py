@@ -14,6 +14,7 @@ from typing import Any
 from lm.checkpoint import load_config
 from lm.command import BadInput
 from lm.data import open_template, open_tokenizer
+from lm.data.chat import end_of_turn
 from lm.evaluate.corpus import rolling
 from lm.evaluate.scorer import Scorer
 from lm.generate.sampling import Sampling
@@ -59,10 +60,9 @@ class HarnessModel(LM):
         config = load_config(Path(workdir))
         tokenizer = open_tokenizer(config.data)
         self.template = open_template(config.data, tokenizer)
-        ends, _ = tokenizer.encode_marked(self.template.special["eos_token"])
         self.scorer = Scorer.open(
             workdir, max_length=max_length, batch_tokens=batch_tokens, marked=True,
-            stop=ends.tolist() if len(ends) == 1 else (),
+            stop=end_of_turn(self.template, tokenizer),
         )  # fmt: skip
         self.max_gen_toks, self.seed = max_gen_toks, seed
 

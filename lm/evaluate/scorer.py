@@ -19,7 +19,7 @@ from lm.checkpoint import load_config, load_params
 from lm.command import BadInput
 from lm.config import Config, MeshConfig, check_vocabulary, replace
 from lm.data import Batch, open_tokenizer
-from lm.data.tokenizers import Tokenizer
+from lm.data.tokenizers import Tokenizer, decode_after
 from lm.generate.decode import Completion, Generator
 from lm.generate.sampling import Sampling
 from lm.model import Decoder
@@ -233,7 +233,10 @@ class Scorer:
                 *(filled, max_tokens, _seed(seed, chunk[0])), every=16 if until else max_tokens
             )
             for completions in stream:
-                texts = [self.tokenizer.decode(c.tokens) for c in completions[: len(chunk)]]
+                texts = [
+                    decode_after(self.tokenizer, prompt, completion.tokens)
+                    for prompt, completion in zip(filled[: len(chunk)], completions, strict=False)
+                ]
                 ends = [min((t.find(u) for u in until if u in t), default=-1) for t in texts]
                 if all(e >= 0 or c.stopped for e, c in zip(ends, completions, strict=False)):
                     break

@@ -96,6 +96,8 @@ class GgufFile:
             "architectures": [ARCHITECTURES[kind]],
             "vocab_size": self.tensors[EMBEDDING][0][0],
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "bos_token_id": self._get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._get("tokenizer.ggml.eos_token_id"),
         }
         if self._get(f"{kind}.rope.scaling.type") not in (None, "none"):
             raise BadInput(f"{path}: has scaled rotary positions; import the original folder")

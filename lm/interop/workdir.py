@@ -9,11 +9,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from lm import arithmetic
-from lm.checkpoint import SCHEMA, Checkpoints, claim, load_config, load_params
-from lm.command import BadInput, write_atomically
+from lm.checkpoint import SCHEMA, Checkpoints, claim, context, load_config, load_params
+from lm.command import BadInput, json_object, write_atomically
 from lm.config import Config, LoraConfig, MeshConfig, replace, to_dict
 from lm.data import open_template, open_tokenizer
-from lm.data.tokenizers import JsonTokenizer
+from lm.data.chat import end_of_turn
+from lm.data.tokenizers import JsonTokenizer, Tokenizer
 from lm.interop import tokenizer as tokenizers
 from lm.interop.families import from_transformers, to_transformers
 from lm.interop.folder import COMPANIONS, Folder, cast, write_folder
@@ -21,6 +22,9 @@ from lm.interop.gguf_file import GgufFile
 from lm.interop.tensors import load, pieces
 from lm.model.lora import NAMES, merged
 from lm.sharding import make_mesh
+
+GENERATION = "generation_config.json"  # of a Hugging Face folder
+MARKS = ("bos_token_id", "eos_token_id")  # there, and in config.json
 
 
 def import_weights(
@@ -41,6 +45,10 @@ def import_weights(
     companions = source.companions()
     if "tokenizer.json" not in companions:
         raise BadInput(f"{given}: has no tokenizer.json; transformers' save_pretrained writes one")
+    said = json_object(given / GENERATION, companions.get(GENERATION, b"{}").decode())
+    marks = {key: source.config[key] for key in MARKS if source.config.get(key) is not None}
+    if not marks.keys() <= said.keys():
+        companions[GENERATION] = json.dumps(marks | said).encode()
     for name, content in companions.items():
         (workdir / name).write_bytes(content)
     tokenizer = JsonTokenizer((workdir if given.is_file() else given) / "tokenizer.json")
@@ -71,7 +79,12 @@ def merge_weights(workdir: Path, to: Path) -> dict[str, Any]:
             (to / name).write_bytes((workdir / name).read_bytes())
             config = replace(config, data={"tokenizer": "tokenizer.json"})
     params = merged(load_params(workdir, config, host()), config.model.lora)
-    plain = replace(config, model={"lora": to_dict(LoraConfig())}, train={"init_from": ""})
+    plain = replace(
+        config,
+        model={"lora": to_dict(LoraConfig())},
+        train={"init_from": ""},
+        data={"seq_len": context(config)},
+    )
     return _save(to, plain, params, "merged")
 
 
@@ -101,7 +114,8 @@ def export_weights(workdir: Path, folder: Path, dtype: str = "float32") -> dict[
     """
     config = load_config(workdir)
     plain = replace(config, model={"lora": to_dict(LoraConfig())})
-    written = to_transformers(plain.model, config.data.seq_len)
+    positions = context(config)
+    written = to_transformers(plain.model, positions)
     params = load_params(workdir, config, host())
     if config.model.lora.rank:
         params, config = merged(params, config.model.lora), plain
@@ -110,14 +124,37 @@ def export_weights(workdir: Path, folder: Path, dtype: str = "float32") -> dict[
         name: (workdir / name).read_bytes() for name in COMPANIONS if (workdir / name).exists()
     }
     template = open_template(config.data, tokenizer) if config.data.has_chats else None
-    companions = companions or tokenizers.companions(tokenizer, config.data.seq_len, template)
-    written |= {"bos_token_id": None, "eos_token_id": tokenizer.end_of_text}
+    companions = companions or tokenizers.companions(tokenizer, positions, template)
+    ends = end_of_turn(template, tokenizer) if template else []
+    generation = _generation(workdir, tokenizer, ends)
+    companions |= {GENERATION: json.dumps(generation, indent=1).encode()}
+    written |= {key: generation[key] for key in MARKS}
     write_folder(folder, written, pieces(config.model, params), companions, dtype)
     return written
 
 
+def _generation(workdir: Path, tokenizer: Tokenizer, ends: list[int]) -> dict[str, Any]:
+    """generation_config.json's content: the imported one, where what was trained ends a text too.
+
+    Args:
+      ends: tokens that end what the model has learned to answer.
+    """
+    path = Path(getattr(tokenizer, "path", workdir / "tokenizer.json")).parent / GENERATION
+    given = json_object(path) if path.exists() else {}
+    said = given.get("eos_token_id")
+    if said is None or path.parent != workdir:
+        others = said if isinstance(said, list) else [said]
+        ids = dict.fromkeys([*ends, *others, tokenizer.end_of_text])
+        said = [i for i in ids if i is not None]
+    if isinstance(said, list) and len(said) == 1:
+        (said,) = said
+    return {"bos_token_id": None} | given | {"eos_token_id": said}
+
+
 def export_adapters(workdir: Path, folder: Path, dtype: str = "float32") -> dict[str, Any]:
     """Writes the adapters of a run's folder alone, as the package peft reads them.
+
+    They name the folder that they were trained on, not where it lies on this machine.
 
     Returns adapter_config.json's content. Raises ``BadInput`` where there are none.
     """
@@ -131,7 +168,7 @@ def export_adapters(workdir: Path, folder: Path, dtype: str = "float32") -> dict
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.train.init_from or None,
+        "base_model_name_or_path": Path(config.train.init_from).name or None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": sorted({name.split(".")[-3] for name in found}),

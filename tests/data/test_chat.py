@@ -7,7 +7,7 @@ import pytest
 from lm.command import BadInput
 from lm.config import DataConfig
 from lm.data import chat, open_dataset
-from lm.data.chat import DEFAULT, Template, encode, messages_of, open_template
+from lm.data.chat import DEFAULT, Template, encode, end_of_turn, messages_of, open_template
 from lm.data.tokenizers import END_OF_TEXT, ByteTokenizer, JsonTokenizer, train_bpe
 
 BYTES = ByteTokenizer()
@@ -113,6 +113,23 @@ def test_only_answers_count(folder, name, ends):
     ]
     assert text == template.render(TALK)
     assert ("Help." in text) == (name == "chatml")
+
+
+@pytest.mark.parametrize(
+    ("source", "ends"),
+    [
+        (CHATML, "<|im_end|>"),
+        (LLAMA3, "<|eot_id|>"),
+        (MISTRAL, "<|im_end|>"),
+        (DEFAULT, "<|im_end|>"),
+    ]
+    + [("{{ messages[1].content }}\n<|eot_id|><s>", "<|eot_id|>")]
+    + [("{{ messages[1].content }}\n\n###", ""), ("{{ raise_exception('no') }}", "")],
+)
+def test_what_ends_a_turn(folder, source, ends):
+    tokenizer, template = opened(folder, source)
+    assert tokenizer.decode(end_of_turn(template, tokenizer)) == ends
+    assert end_of_turn(open_template("bytes", BYTES), BYTES) == [BYTES.end_of_text]
 
 
 def test_the_folders_own_template_and_where_it_lies(folder, tmp_path):

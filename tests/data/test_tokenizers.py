@@ -166,6 +166,37 @@ def test_sentencepiece_vocabulary_bytes(tmp_path):
     assert tokenizer.token_bytes.tolist() == [0, 0, 0, 1, 1, 3, 2]
 
 
+def metaspace_json(size=12):
+    """Words as SentencePiece has them, blank first, and the bytes of 日; <s> stands before."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"\u2581{w}" for w in "a the cat sat on 日".split())]
+    pieces += ["<0xE6>", "<0x97>", "<0xA5>"]
+    pieces += [f"\u2581w{i}" for i in range(len(pieces), size)]
+    inner = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="<unk>"))
+    inner.add_special_tokens(pieces[:3])
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    strip, blank = decoders.Strip(" ", 1, 0), decoders.Replace("\u2581", " ")
+    inner.decoder = decoders.Sequence([blank, decoders.ByteFallback(), decoders.Fuse(), strip])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return inner.to_str()
+
+
+def test_what_follows_a_prompt_keeps_its_first_blank(tmp_path, bpe):
+    (tmp_path / "tokenizer.json").write_text(metaspace_json())
+    tokenizer = tokenizers.JsonTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.prefix == (1,) and tokenizer.encode("the cat").tolist() == [4, 5]
+    assert tokenizer.decode([6, 7]) == "sat on"
+    for prompt in ([4, 5], [1, 4, 5], [4, 9, 10, 11]):  # 日 of three bytes at the end
+        assert tokenizers.decode_after(tokenizer, prompt, [6, 7]) == " sat on"
+        assert tokenizers.decode_after(tokenizer, prompt, []) == ""
+    for one in (bpe, tokenizers.ByteTokenizer()):
+        prompt, ids = one.encode("the ne"), one.encode("wer 日")
+        assert tokenizers.decode_after(one, prompt, ids) == "wer 日"
+
+
 def test_what_stands_before_a_text(bpe, tmp_path):
     """Llama's template has it, BERT's has something behind too; no document is encoded with it."""
     from tokenizers import Tokenizer, processors

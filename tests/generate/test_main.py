@@ -3,10 +3,15 @@ import json
 import pytest
 
 from lm import command
+from lm.checkpoint import claim, context, load_config
 from lm.config import Config, MeshConfig, ModelConfig, replace
 from lm.data.tokenizers import ByteTokenizer
+from lm.evaluate import Scorer
 from lm.generate import __main__ as generate
+from lm.generate.decode import Completion
 from lm.train.loop import train
+from tests.data.test_tokenizers import metaspace_json
+from tests.evaluate.test_scorer import made, saved
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +93,72 @@ def test_samples_the_best_of_them_and_their_vote(capsys, workdir):
         (("--prompt=a", "--samples=0"), "--samples=0: must be at least 1"),
         (("--prompt=a", "--vote=("), "--vote=(: not a regular expression"),
         (("--prompt=a", "--workdir=nowhere"), "nowhere: no run here"),
+        (
+            ("--prompt=a", "--prompt=" + 64 * "a"),
+            "a prompt of 64 tokens: must be fewer than the 64",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capsys, workdir, argv, line):
     code, told = run(capsys, workdir, *argv)
     assert code == 2 and line in told.err and len(told.err.splitlines()) == 1
     assert told.out == ""
+
+
+def test_the_context_ends_a_text(capsys, workdir, tmp_path):
+    """As training had it, scaled rotary positions have it, or the run that was fine-tuned."""
+    prompt = 60 * "a"
+    code, told = run(
+        capsys, workdir, f"--prompt={prompt}", "--prompt=a", "--max_tokens=9", "--json"
+    )
+    assert [len(json.loads(line)["tokens"]) for line in told.out.splitlines()] == [4, 4]
+    (line,) = told.err.splitlines()
+    assert code == 0 and "--max_tokens=9: ended after 4 tokens, where the model's" in line
+    config = load_config(workdir)
+    scaled = {**vars(config.model.rope_scaling), "kind": "yarn", "original_positions": 64}
+    scaled = replace(config, model={"rope_scaling": {**scaled, "factor": 2.0}})
+    tuned = replace(config, data={"seq_len": 16}, train={"init_from": str(workdir)})
+    assert [context(c) for c in (config, scaled, tuned)] == [64, 128, 64]
+    assert context(replace(tuned, train={"init_from": str(tmp_path)})) == 16
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    claim(tmp_path / "run", tuned)
+    code, told = run(capsys, tmp_path / "run", "--prompt=" + 64 * "a")
+    assert code == 2 and "the 64 positions" in told.err
+
+
+def test_one_process_writes(capsys, workdir, monkeypatch):
+    for name, value in {"COORDINATOR": "node0:8476", "PROCESSES": "2", "PROCESS": "1"}.items():
+        monkeypatch.setenv(f"LM_{name}", value)
+    code, told = run(capsys, workdir, "--prompt=a")
+    assert code == 2 and "has 2 processes: texts are written by one" in told.err
+
+
+def test_the_first_blank_of_what_follows_is_there(capsys, tmp_path):
+    """SentencePiece's decoder drops a text's first blank, and every word here begins with one."""
+    config = Config(model=ModelConfig(vocab_size=257, d_model=16, n_layers=1, d_ff=16))
+    config = replace(config, data={"seq_len": 32})
+    _, _, params = made(config)
+    workdir = saved(tmp_path / "run", config, params)
+    (workdir / "tokenizer.json").write_text(metaspace_json(257))
+    given = ("--prompt=the cat", "--max_tokens=9")
+    _, told = run(capsys, workdir, *given, "--json")
+    text = json.loads(told.out)["text"]
+    assert text.count(" ") == 9 and text.startswith(" ")
+    assert run(capsys, workdir, *given)[1].out == f"the cat{text}\n"
+    _, told = run(capsys, workdir, *given, "--vote=^ ")
+    assert json.loads(told.out)["answer"] == " "
+    (found,) = Scorer.open(workdir).generate(["the cat"], 9)
+    assert found.text.startswith(" ")
+
+
+def test_what_streams_is_told_once(capsys):
+    """Bytes that are no character yet spoil those before them: so SentencePiece's decoder does."""
+    texts = ["x\ufffd", "x日", "x\ufffd\ufffd\ufffd\ufffd", "x日本\ufffd"]
+    stream = [[Completion([i], [0.0], False, 0.0)] for i in range(len(texts))]
+    generate.FLAGS.unparse_flags()
+    generate.FLAGS(["generate", "--prompt=a"])
+    generate._print_growing(stream, lambda tokens: texts[tokens[0]])
+    assert capsys.readouterr().out == "ax日本\ufffd\n"
 
 
 def test_what_a_tokenizer_puts_before_a_text_is_there(capsys, workdir, monkeypatch):

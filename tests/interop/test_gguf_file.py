@@ -111,6 +111,7 @@ def test_config_and_tensors_are_those_that_were_written(write, architecture, cha
     path, config, arrays = write(architecture, **changes)
     found, tensors = read(path)
     assert found.model == config.model and found.data.seq_len == 128
+    assert GgufFile(path).config["eos_token_id"] == 1
     assert tensors.keys() == arrays.keys()
     for name, x in arrays.items():
         np.testing.assert_array_equal(tensors[name], x, err_msg=name)

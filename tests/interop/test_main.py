@@ -11,7 +11,7 @@ from lm import command
 from lm.checkpoint import Checkpoints, claim, load_config, load_params
 from lm.config import Config, MeshConfig, replace
 from lm.data import open_tokenizer
-from lm.data.tokenizers import ByteTokenizer
+from lm.data.tokenizers import END_OF_TEXT, ByteTokenizer, JsonTokenizer
 from lm.interop import __main__ as interop
 from lm.interop import to_transformers, write_folder
 from lm.interop.tensors import pieces
@@ -19,7 +19,11 @@ from lm.interop.tokenizer import companions
 from lm.model import Decoder
 from lm.sharding import make_mesh
 from lm.train.loop import train
+from tests.data.test_chat import folder as chat_folder  # noqa: F401
+from tests.evaluate.test_scorer import saved
 from tests.interop.test_tensors import random_params
+
+GENERATION, MARKS = "generation_config", ("bos_token_id", "eos_token_id")
 
 
 @pytest.fixture
@@ -96,6 +100,49 @@ def test_a_trained_run_goes_out_and_in(call, tmp_path, text_data):
     jax.tree.map(np.testing.assert_array_equal, *params)
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert again["params"] == result["params"] and again["total_params"] == result["total_params"]
+
+
+def marks(path):
+    """bos_token_id and eos_token_id, which both files must tell alike."""
+    files = [json.loads((path / f"{name}.json").read_text()) for name in ("config", GENERATION)]
+    first, second = ([file[key] for key in MARKS] for file in files)
+    assert first == second
+    return first
+
+
+@pytest.mark.parametrize(
+    "in_config, in_generation, expected",
+    [
+        ({"bos_token_id": 7, "eos_token_id": [9, 256]}, None, [7, [9, 256]]),
+        ({"bos_token_id": 7, "eos_token_id": 9}, {"eos_token_id": [3, 4], "top_k": 5}, [7, [3, 4]]),
+        ({"bos_token_id": None, "eos_token_id": None}, None, [None, 256]),
+    ],
+)
+def test_what_begins_and_ends_a_text_stays(
+    call, folder, tmp_path, in_config, in_generation, expected
+):
+    change(folder, **in_config)
+    if in_generation:
+        (folder / f"{GENERATION}.json").write_text(json.dumps(in_generation))
+    assert call("import", f"--from={folder}", f"--to={tmp_path / 'run'}")[0] == 0
+    assert call("export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")[0] == 0
+    assert marks(tmp_path / "out") == expected
+    kept = json.loads((tmp_path / "out" / f"{GENERATION}.json").read_text())
+    assert kept.get("top_k") == (in_generation or {}).get("top_k")
+
+
+def test_a_turns_end_ends_a_text(call, chat_folder, tmp_path):  # noqa: F811
+    """What was trained on conversations, from a model whose texts begin with token 6."""
+    (chat_folder / f"{GENERATION}.json").write_text('{"bos_token_id": 6, "eos_token_id": 3}')
+    tokenizer = JsonTokenizer(chat_folder / "tokenizer.json")
+    turn, text = (tokenizer.encode_marked(name)[0][0] for name in ("<|im_end|>", END_OF_TEXT))
+    data = dict(tokenizer=str(tokenizer.path), seq_len=32)
+    chats = dict(data, corpus="chat", files="x.jsonl")
+    for name, changes, ends in (("talk", chats, [turn, 3, text]), ("plain", data, [3, text])):
+        config = replace(CONFIG, model=dict(vocab_size=310), data=changes)
+        saved(tmp_path / name, config, random_params(config))
+        assert call("export", f"--from={tmp_path / name}", f"--to={tmp_path / 'hf' / name}")[0] == 0
+        assert marks(tmp_path / "hf" / name) == [6, ends]
 
 
 def change(path, **changes):
@@ -197,7 +244,7 @@ def test_exported_adapters_make_the_exported_weights(call, adapted, tmp_path):
     settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert settings["target_modules"] == ["down_proj", "o_proj", "q_proj"]
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (3, 6.0, "LORA")
-    assert settings["base_model_name_or_path"] == "runs/base"
+    assert settings["base_model_name_or_path"] == "base"
     assert len(adapters) == 2 * 2 * 3  # A and B, of two layers, of three matrices
     base = {name: piece() for name, (_, piece) in pieces(config.model, params).items()}
     for name, a in adapters.items():

@@ -9,8 +9,12 @@ from lm.config import Config, MeshConfig, replace
 from lm.data.tokenizers import ByteTokenizer, JsonTokenizer, train_bpe
 from lm.interop import Folder, from_transformers, load, pieces, to_transformers, write_folder
 from lm.interop.tokenizer import companions
+from lm.interop.workdir import export_weights
 from lm.model import Decoder
 from lm.sharding import make_mesh
+from tests.data.test_chat import folder as chat_folder  # noqa: F401
+from tests.evaluate.test_scorer import saved
+from tests.interop.test_tensors import random_params
 
 torch = pytest.importorskip("torch", reason="torch is not here; pip install '.[compare]'")
 transformers = pytest.importorskip(
@@ -127,6 +131,34 @@ def test_what_we_train_with_scanned_layers_is_theirs_too(tmp_path):
     with torch.no_grad():
         theirs_BTV = theirs(torch.tensor(INPUTS_BT)).logits.numpy()
     np.testing.assert_allclose(decoder.apply({"params": params}, INPUTS_BT), theirs_BTV, atol=1e-4)
+
+
+def test_their_generate_stops_where_a_turn_ends(chat_folder, tmp_path):  # noqa: F811
+    """The seventh token of a greedy text takes the place of the end of a turn."""
+    tokenizer = JsonTokenizer(chat_folder / "tokenizer.json")
+    (turn,) = tokenizer.encode_marked("<|im_end|>")[0]
+    config = replace(
+        Config(),
+        model=dict(vocab_size=310, d_model=32, n_layers=1, d_ff=56),
+        data=dict(corpus="chat", files="x.jsonl", tokenizer=str(tokenizer.path), seq_len=64),
+    )
+    params = random_params(config)
+    prompt = torch.tensor([[5, 6, 7]])
+    for n in (None, 7):
+        saved(tmp_path / f"run{n}", config, params)
+        (tmp_path / f"{n}").mkdir()
+        export_weights(tmp_path / f"run{n}", tmp_path / f"{n}")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{n}")
+        mask = torch.ones_like(prompt)
+        (text,) = theirs.generate(prompt, attention_mask=mask, max_new_tokens=20, do_sample=False)
+        if n is None:
+            texts = text[3:].tolist()
+            assert len(texts) == 20 and turn not in texts
+            swap = np.arange(310)
+            swap[[turn, texts[6]]] = texts[6], turn
+            params["embedding"] = params["embedding"][swap]
+            params["head"]["kernel"] = params["head"]["kernel"][:, swap]
+    assert text[3:].tolist() == [*texts[: texts.index(texts[6])], turn]
 
 
 TEXT = "It cost 12 pounds;\n\tnaïve readers  said “no” — 日本語 🙂 I'll <|endoftext|> don't\x00\x7f"
