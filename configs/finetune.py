@@ -26,9 +26,11 @@ def get_config(workdir):
     config.model = to_config_dict(run).model
     config.data.corpus = "chat"
     config.data.tokenizer = str(getattr(tokenizer, "path", tokenizer.name))
-    config.data.seq_len = run.data.seq_len
+    # Learned positions keep their number; else conversations are rarely as long as a context.
+    learned = run.model.position == "learned"
+    config.data.seq_len = run.data.seq_len if learned else min(run.data.seq_len, 2_048)
     config.data.data_dir = run.data.data_dir
-    config.data.validation_tokens = run.data.seq_len
+    config.data.validation_tokens = config.data.seq_len
     config.optimizer.learning_rate = 0.001
     config.optimizer.weight_decay = 0.0
     config.train.init_from = str(workdir)

@@ -87,6 +87,14 @@ def test_describes_runs_that_can_be_run(spec):
         assert recipe.warmup_tokens <= 0.1 * recipe.tokens * 1.001
 
 
+@pytest.mark.parametrize(("position", "wanted"), [("rope", 2048), ("learned", 4096)])
+def test_finetune_of_a_long_context_reads_shorter_texts(tmp_path, position, wanted):
+    claim(tmp_path, replace(Config(), model={"position": position}, data={"seq_len": 4096}))
+    config = load(f"configs/finetune.py:{tmp_path}", ["data.files=chats/*.jsonl"])
+    assert (config.data.seq_len, config.data.validation_tokens) == (wanted, wanted)
+    assert resolve(config).n_steps > 20
+
+
 def test_finetune_has_the_folders_model_and_tokenizer(tmp_path):
     spec, files = f"configs/finetune.py:{tmp_path}", "data.files=chats/*.jsonl"
     with pytest.raises(BadInput, match="no run here"):

@@ -82,6 +82,8 @@ def _tasks() -> dict:
     result = {}
     shown = FLAGS.shots_from and read_examples(FLAGS.shots_from)
     for path in FLAGS.task:
+        if (name := Path(path).stem) in result:
+            raise BadInput(f"--task={path}: there is a task {name} already; names must differ")
         examples = read_examples(path)
         prompting = Prompting(
             *(FLAGS.shots, shown or examples, FLAGS.shots_seed, FLAGS.reasoning, FLAGS.gap),
@@ -89,7 +91,7 @@ def _tasks() -> dict:
         )
         if FLAGS.reasoning and examples[0].choices:
             raise BadInput(f"{path}: has choices; --reasoning goes with targets")
-        result[Path(path).stem] = examples, prompting
+        result[name] = examples, prompting
     return result
 
 

@@ -59,6 +59,8 @@ class Prompting:
 
         Raises ``BadInput`` where the pool has fewer other questions than shots.
         """
+        if not self.shots:
+            return examples[i].prompt
         others = [example for example in self.pool if example != examples[i]]
         if len(others) < self.shots:
             raise BadInput(f"shots = {self.shots}: there are {len(others)} other questions")

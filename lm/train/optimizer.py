@@ -20,10 +20,10 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def update_if(finite: jax.Array, config: OptimizerConfig, gradient, moments, params):
-    """``adamw``'s update; where not ``finite``, moments as they were and a direction that is none.
+    """``adamw``'s update; where not ``finite``, moments as they were and a direction of NaN.
 
     By decays of one and a gradient of zero: a choice between old moments and new ones would need
-    memory for both, since the direction is made of the new. The direction is then 0 / 0.
+    memory for both, since the direction is made of the new. Bias corrections divide it by zero.
     """
     betas = (jnp.where(finite, beta, 1.0) for beta in (config.beta1, config.beta2))
     clip, adam = _parts(config, *betas)

@@ -172,6 +172,19 @@ def test_what_may_differ(base, talk):
     start.check(tuned(base, talk, rope_scaling=scaling, **settings), BYTES)
 
 
+def test_positions_are_scaled_once(base, talk, tmp_path):
+    """A folder's own scaling is part of its function."""
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    linear = {"kind": "linear", "factor": 2.0}
+    scaled = replace(load_config(base), model={"rope_scaling": linear})
+    claim(tmp_path, scaled)
+    same = tuned(tmp_path, talk)
+    start.check(same, BYTES)
+    for other in ({"kind": "none", "factor": 1.0}, {"factor": 4.0}):
+        with pytest.raises(BadInput, match="another model .config.model.rope_scaling"):
+            start.check(replace(same, model={"rope_scaling": other}), BYTES)
+
+
 def test_another_tokenizer_is_refused(base, talk, tmp_path):
     (tmp_path / "tokenizer.json").write_text(train_bpe(["ab ab ab ab abc"], 259))
     path = str(tmp_path / "tokenizer.json")
