@@ -13,9 +13,8 @@ from lm.command import BadInput
 from lm.config import Config, differences, to_dict
 from lm.data.tokenizers import Tokenizer
 
-# Settings that say how, or in training alone; and the reach of rotary positions, which a short
-# training on longer texts extends.
-MAY_DIFFER = ("dtype", "remat", "quantization", "attention_kernel", "lora", "rope_scaling")
+# Settings that say how, or in training alone.
+MAY_DIFFER = ("dtype", "remat", "quantization", "attention_kernel", "lora")
 MOE_MAY_DIFFER = (
     *("dispatch", "capacity_factor", "jitter", "dead_after"),
     *("balance_coefficient", "z_coefficient"),
@@ -38,6 +37,9 @@ def check(config: Config, tokenizer: Tokenizer) -> None:
             " matrices, or model.lora can be the same"
         )
     old, new = (_function(c) for c in (given, config))
+    # A short training on longer texts extends the reach of rotary positions, once.
+    if given.model.rope_scaling.kind == "none":
+        del old["model"]["rope_scaling"], new["model"]["rope_scaling"]
     if unlike := list(differences(old, new)):
         raise BadInput(f"{told}: is another model ({'; '.join(unlike)})")
     its = data.open_tokenizer(given.data)
