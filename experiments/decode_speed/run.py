@@ -3,8 +3,8 @@
     pip install -e '.[compare]'
     python -m experiments.decode_speed.run --out=experiments/decode_speed/results/results.json
 
-Under a minute on a two-core CPU machine; timings want it idle. Each time is the least of many
-short ones, taken by turns.
+Two to three minutes on a two-core CPU machine, most of it compilation; timings want it idle. Each
+time is the least of many short ones, taken by turns.
 """
 
 import json

@@ -21,7 +21,7 @@ from lm.model.loss import logits
 from lm.sharding import layout, placed
 
 DEFAULT = Sampling()
-SMALLEST_ROOM = 512  # positions of the cache of a short text
+SMALLEST_ROOM = 128  # positions of the cache of a short text
 
 
 @dataclass(frozen=True)

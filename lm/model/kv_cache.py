@@ -140,7 +140,7 @@ def step(
     out_BKGH += own_BKG1 * value_B1KH.swapaxes(1, 2)
     out_BKGH /= jnp.sum(weight_BKGS, -1, keepdims=True) + own_BKG1
     out_BNH = out_BKGH.reshape(b, n, h).astype(query_BNH.dtype)
-    # What is not a number is not kept; and so that the slots are written after they were read, or
-    # XLA reads a copy of them all.
-    is_number_B1 = jnp.all(out_BNH == out_BNH, (1, 2))[:, None]
-    return out_BNH, write(cache, key_B1KH, value_B1KH, position_B[:, None], is_number_B1)
+    # What is not finite is not kept: 0 times it is no 0, where its slot is not read. And so the
+    # slots are written after they were read, or XLA reads a copy of them all.
+    is_finite_B1 = jnp.all(jnp.isfinite(out_BNH), (1, 2))[:, None]
+    return out_BNH, write(cache, key_B1KH, value_B1KH, position_B[:, None], is_finite_B1)

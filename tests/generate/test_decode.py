@@ -202,6 +202,13 @@ def test_draws_follow_the_model():
         assert (pvalue > 1e-3) == fits
 
 
+def test_half_as_much_again_is_read_as_a_text_needs():
+    generator, *_ = made(positions=4096)
+    rooms = {n: generator._room(n) for n in range(1, 4097)}
+    assert rooms[128] == 128 and rooms[129] == 192 and rooms[2048] == 2048
+    assert all(n <= room <= max(128, 1.5 * n) for n, room in rooms.items())
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_cache_grows_with_the_text_not_with_the_room_there_is(monkeypatch, scan_layers):
     """From 9 tokens, in a batch whose prompts were padded to 16, to 23."""
@@ -220,6 +227,18 @@ def test_the_cache_grows_with_the_text_not_with_the_room_there_is(monkeypatch, s
     monkeypatch.setattr(decode, "SMALLEST_ROOM", 512)
     same, *_ = made(model, positions=1000)
     assert [c.tokens for c in same(PROMPTS, 14)] == [c.tokens for c in found]
+
+
+def test_other_prompts_meet_compiled_programs(greedy):
+    """Of up to 16 tokens, here; a seed, a number of tokens or of texts' ends compile nothing."""
+    greedy(PROMPTS, 20)
+    compiled = greedy._run_prefill, greedy._run_steps
+    before = [program._cache_size() for program in compiled]
+    greedy([[1] * 16, [2] * 11, [3]], 7, seed=5)
+    list(greedy.stream([[4] * 10, [5], [6]], 3, every=2))
+    assert [program._cache_size() for program in compiled] == before
+    greedy([[1] * 17, [2], [3]], 1)
+    assert [program._cache_size() for program in compiled] == [before[0] + 1, before[1]]
 
 
 @pytest.mark.parametrize("window", [0, 5])

@@ -45,7 +45,7 @@ def filled(c, keys, values, lengths, n_steps, dtype="float32"):
     write = jax.jit(kv_cache.write)
     # What lies beyond a row's length is padding that must leave no trace.
     is_text = positions < lengths[:, None]
-    padded = [np.where(is_text[..., None, None], x[:, :t], 1e3) for x in (keys, values)]
+    padded = [np.where(is_text[..., None, None], x[:, :t], np.nan) for x in (keys, values)]
     cache = write(cache, *padded, positions, is_text)
     rows = np.arange(len(lengths))
     for i in range(n_steps):
@@ -94,6 +94,24 @@ def test_smaller_caches_are_close_and_weigh_less(dtype, error):
     content = 2 * 3 * 48 * 2 * H * jnp.dtype(dtype).itemsize
     scales = 2 * 3 * 48 * 2 * 4 if dtype == "int8" else 0
     assert sum(x.nbytes for x in cache if x is not None) == content + scales
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", kv_cache.DTYPES)
+def test_what_is_not_finite_spoils_neither_its_slot_nor_other_rows(dtype, bad):
+    c, draw = config(window=36), np.random.default_rng(0)
+    keys, values = draw.normal(size=(2, 3, 48, 2, H)).astype(np.float32)
+    query, last = draw.normal(size=(3, N, H)).astype(np.float32), LENGTHS + 3
+    cache = filled(c, keys, values, LENGTHS, 3, dtype)
+    step = jax.jit(kv_cache.step, static_argnums=(5, 6))
+    new = [x[np.arange(3), last][:, None] for x in (keys, values)]
+    wanted, _ = step(query, cache, *new, last, 36, 0.0)
+    spoiled = [np.where(np.arange(3)[:, None, None, None] == 1, bad, x) for x in new]
+    found, after = step(query, cache, new[0], spoiled[1], last, 36, 0.0)
+    assert np.isfinite(found).all((1, 2)).tolist() == [True, False, True]
+    np.testing.assert_array_equal(found[::2], wanted[::2])
+    found, _ = step(query, after, *new, last, 36, 0.0)
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
