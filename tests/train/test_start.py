@@ -15,6 +15,7 @@ from lm.data import open_dataset, open_template
 from lm.data.tokenizers import ByteTokenizer, train_bpe
 from lm.generate.decode import Generator
 from lm.generate.sampling import Sampling
+from lm.interop.workdir import merge_weights
 from lm.model import Decoder, cross_entropy
 from lm.model.lora import NAMES
 from lm.sharding import make_mesh
@@ -250,3 +251,23 @@ def test_it_learns_to_answer_and_adapters_learn_to_answer_otherwise(base, talk, 
     assert right(replace(config, model={"lora": {"rank": 0}}), tmp_path / "whole", wanted) == 0
     train(config, tmp_path / "adapters")
     assert right(config, tmp_path / "adapters", wanted) >= 14
+
+    # Nothing but the adapters has moved, and merged they answer as they did beside the matrices.
+    before, beside = (
+        load_params(tmp_path / name, load_config(tmp_path / name), one_device())
+        for name in ("whole", "adapters")
+    )
+    for key, x in flatten_dict(before).items():
+        np.testing.assert_array_equal(flatten_dict(beside)[key], x)
+    (tmp_path / "merged").mkdir()
+    merge_weights(tmp_path / "adapters", tmp_path / "merged")
+    plain = load_config(tmp_path / "merged")
+    merged = load_params(tmp_path / "merged", plain, one_device())
+    tokens_BT = open_dataset(louder).batch(0, 0, 2).inputs_BT
+    found, there = (
+        Decoder(c.model, 64).apply({"params": p}, tokens_BT)
+        for c, p in ((plain, merged), (config, beside))
+    )
+    np.testing.assert_allclose(found, there, rtol=1e-5, atol=1e-5 * np.abs(there).max())
+    answers = _answers(config, tmp_path / "adapters", asked)
+    assert _answers(plain, tmp_path / "merged", asked) == answers
