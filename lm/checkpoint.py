@@ -162,13 +162,15 @@ class Checkpoints:
     is passed over with a line on stderr, and removed when the next state is saved. All processes
     of ``hosts.joined`` call every method alike.
 
+    Reading raises ``BadInput`` where no step at all has checksums: damage leaves others theirs.
+
     Args:
       workdir: the run's folder.
       kept_step: the step whose state is kept for ever.
       newest: how many of the last states are kept. With one, there is none to fall back on.
       every: states of the multiples of this step are kept for ever, too (0: none).
-      period: a state is due at the multiples of this step (0: at none), and the newest of those is
-        kept to be rolled back to. States between them, of pre-empted runs, come and go.
+      period: a state is due at ``kept_step`` and the multiples of this one (0: at none), and the
+        newest of those is kept to be rolled back to. Others, of pre-empted runs, come and go.
 
     ``damaged`` tells the steps that were passed over, and why. Saving, waiting and closing raise
     ``OSError`` naming the folder where the disk is full; finished states are then as they were.
@@ -189,9 +191,10 @@ class Checkpoints:
         self._ocp, self._folder = ocp, (workdir / "checkpoints").absolute()
         self.damaged: dict[int, str] = {}
         self._in_the_way: set[int] = set()  # those of them that are there still
-        self._is_due = lambda step: bool(period) and step % period == 0
+        self._not_good: int | None = None
+        self._is_due = lambda at: at == kept_step or bool(period) and at % period == 0
         kept = [policies.LatestN(newest), policies.CustomSteps([kept_step])]
-        kept.append(_NewestOf(self._is_due))
+        kept.append(_NewestOf(lambda at: self._is_due(at) and at != self._not_good))
         if every:
             kept.append(policies.EveryNSteps(every))
         logging.getLogger("absl").addFilter(_not_a_traceback_of_orbax)
@@ -212,9 +215,12 @@ class Checkpoints:
             },
         )
 
-    def save(self, step: int, state: Any, meta: dict) -> None:
-        """Starts writing; arrays are copied before this returns, so they may be donated."""
-        args = self._ocp.args
+    def save(self, step: int, state: Any, meta: dict, good: bool = True) -> None:
+        """Starts writing; arrays are copied before this returns, so they may be donated.
+
+        One that is not (yet) known to be ``good`` takes no other's place to be rolled back to.
+        """
+        args, self._not_good = self._ocp.args, None if good else step
         composite = args.Composite(state=args.PyTreeSave(state), meta=args.JsonSave(meta))
         with self._full_disk_told():
             self._manager.wait_until_finished()
@@ -241,17 +247,16 @@ class Checkpoints:
         found = self._whole(lambda at: step in (None, at))
         return None if found is None else self._read(found, abstract, meta=True)
 
-    def roll_back(self, abstract: Any) -> tuple[Any, dict] | None:
-        """``restore`` of the newest state that was due; those after it are removed.
+    def roll_back(self, abstract: Any, before: int) -> tuple[Any, dict] | None:
+        """``restore`` of the newest state that was due ``before`` a step; None where there is none.
 
-        Which one that is does not depend on when the run was interrupted.
+        States after it are removed. Which one it is does not depend on when the run was
+        interrupted.
         """
-        step = self._whole(self._is_due)
-        if step is None:
-            return None
-        for later in [at for at in self._manager.all_steps() if at > step]:
+        step = self._whole(lambda at: at < before and self._is_due(at))
+        for later in [at for at in self._manager.all_steps() if step is None or at > step]:
             self._manager.delete(later)
-        return self._read(step, abstract, meta=True)
+        return None if step is None else self._read(step, abstract, meta=True)
 
     def restore_params(self, abstract: Any) -> Any:
         """The parameters alone of the newest whole state, or None where there is none."""
@@ -271,6 +276,12 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps())
 
         def choose() -> list:
+            # Hardly damage. Passed over, they would all be removed by the next save.
+            if steps and not list(self._folder.glob(f"[0-9]*/{checksums.NAME}")):
+                raise BadInput(
+                    f"{self._folder}: no checkpoint has its {checksums.NAME}: written by an older"
+                    " version, or copied without; move the folder away to begin anew"
+                )
             damaged = {}
             for at in filter(wanted, reversed(steps)):
                 reason = checksums.fault(self._folder / str(at))

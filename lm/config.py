@@ -381,8 +381,8 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest so many; with 1 a damaged one has none to stand in
     keep_every: int = 0  # and for ever those at multiples of so many steps (0: none)
     # Steps whose loss or gradient is not finite are skipped. After so many in a row the run goes
-    # back to the last checkpoint that was due, with its rate times rollback_rate, and after so many
-    # rollbacks ends as diverged (without checkpoints: the first time)
+    # back to the last checkpoint that was due, or else to its first state, with its rate times
+    # rollback_rate, and after so many rollbacks ends as diverged
     skips_before_rollback: int = 5
     rollbacks: int = 3
     rollback_rate: float = 0.5

@@ -35,7 +35,11 @@ def score(
       batches: laid over the devices, with weight 0 where a position does not count.
       token_bytes: bytes of each token id, (V,).
     """
-    sums = [(nats(batch), *_counts(batch, token_bytes)) for batch in batches]
+    sums = []
+    for batch in batches:
+        sums.append((nats(batch), *_counts(batch, token_bytes)))
+        # One batch ahead: what waits for the devices holds their memory, and can't be called back.
+        jax.block_until_ready(sums[-2:-1])
     # In whole numbers and float64 on the host, whatever the order of batches.
     nats_sum = math.fsum(float(x) for x, _, _ in sums)
     tokens, n_bytes = (sum(int(counts[i]) for counts in sums) for i in (1, 2))

@@ -159,12 +159,25 @@ def test_a_damaged_step_is_removed_when_the_next_is_saved(workdir, state):
 
 def test_where_all_are_damaged_there_is_none(workdir, state):
     for step in ("1", "7"):
-        (workdir / "checkpoints" / step / "checksums.json").unlink()
+        flip_a_bit(workdir / "checkpoints" / step / "checksums.json")
     checkpoints = Checkpoints(workdir)
     assert checkpoints.restore(shares(state)) is None and checkpoints.damaged.keys() == {1, 7}
     checkpoints.close()
     with pytest.raises(BadInput, match="holds no checkpoint that is whole"):
         load_params(workdir, CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
+
+
+def test_without_any_checksums_nothing_is_restored_and_nothing_removed(workdir, state):
+    """As of an older version: the run would begin anew, and remove them at its first save."""
+    for step in ("1", "7"):
+        (workdir / "checkpoints" / step / "checksums.json").unlink()
+    before = sorted(workdir.rglob("*"))
+    checkpoints = Checkpoints(workdir, period=1)
+    for read in (checkpoints.restore, lambda abstract: checkpoints.roll_back(abstract, before=9)):
+        with pytest.raises(BadInput, match="no checkpoint has its checksums.json: written by an"):
+            read(shares(state))
+    checkpoints.close()
+    assert sorted(workdir.rglob("*")) == before
 
 
 def test_a_state_of_another_shape_is_not_made_to_fit(workdir, state):

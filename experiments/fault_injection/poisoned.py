@@ -15,6 +15,7 @@ import numpy as np
 from lm import command
 from lm.data import Dataset
 from lm.train import __main__ as train
+from lm.train import loop
 from lm.train.step import Program
 
 
@@ -27,20 +28,22 @@ def main(kind: str, first: int, last: int, once: bool) -> int:
 
 
 def poison_batches(first: int, last: int, once: bool) -> None:
-    read, furthest, gone_back = Dataset.batches, 0, False
+    read, roll_back, gone_back = Dataset.batches, loop._Run._roll_back, False
+
+    def going_back(run, trouble):
+        nonlocal gone_back
+        gone_back = True
+        return roll_back(run, trouble)
 
     def batches(dataset, seed, first_step, n_steps, *more):
-        nonlocal furthest, gone_back
         batch = read(dataset, seed, first_step, n_steps, *more)
-        if n_steps > 1:  # of a dispatch, and not of one step that is looked at again
-            furthest, gone_back = max(furthest, first_step), gone_back or first_step < furthest
         weights = np.ones(batch.targets_BT.shape, np.float32)
         for i, step in enumerate(range(first_step + 1, first_step + n_steps + 1)):
             if first <= step <= last and not (once and gone_back):
                 weights[i, 0, 0] = np.nan
         return batch._replace(weights_BT=weights)
 
-    Dataset.batches = batches
+    Dataset.batches, loop._Run._roll_back = batches, going_back
 
 
 def poison_gradients(first: int, last: int) -> None:

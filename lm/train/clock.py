@@ -78,9 +78,9 @@ class Clock:
             self._seconds[part] += seconds
 
     def roll_back(self, saved: Mapping[str, float]) -> None:
-        """All work since ``saved``, the ``seconds`` as of a checkpoint, is lost."""
+        """All work since ``saved``, the ``seconds`` as of a checkpoint, is lost; of none, all."""
         now = self.seconds()
-        self._lose({part: now[part] - saved[part] for part in WORK})
+        self._lose({part: now[part] - saved.get(part, 0.0) for part in WORK})
 
     def _lose(self, seconds: Mapping[str, float]) -> None:
         for part, lost in seconds.items():

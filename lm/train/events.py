@@ -1,7 +1,7 @@
 """``events.jsonl``: what happened to a run beside its steps, one object a line.
 
 Each has ``step`` and ``event``, which is one of skipped (an update whose loss or gradient was not
-finite), spike (a loss far above those before it), rollback (to a checkpoint), diverged, and
+finite), spike (a loss far above those before it), rollback (to an earlier state), diverged, and
 damaged_checkpoint.
 """
 

@@ -40,23 +40,21 @@ class Journal:
         self.spikes = Spikes(config.train.spike_deviations)
         self.experts = ExpertWatch(config.model) if config.model.moe.n_experts else None
         self.n_events = 0
+        self.unscored: dict[str, Any] = {}  # the log's line that waits for its validation score
         self._log: MetricsLog | None = None
         self._events: EventLog | None = None
 
     def open(self, step: int, carried: dict[str, Any]) -> None:
         """Goes on from ``step``, with what ``carried`` gave there; what was told beyond is gone."""
         self.n_events = carried.get("events", 0)
-        self._take_up(carried)
+        self._take_up(step, carried)
         if hosts.is_first():
-            self._log = MetricsLog.of(self.config, self.workdir, step)
             self._events = EventLog(self.workdir, self.n_events)
 
     def roll_back(self, step: int, carried: dict[str, Any]) -> None:
         """As ``open``, but that events stay."""
-        self._take_up(carried)
-        if self._log:
-            self._log.close(done=False)
-            self._log = MetricsLog.of(self.config, self.workdir, step)
+        self.close(done=False)
+        self._take_up(step, carried)
 
     def carried(self) -> dict[str, Any]:
         """What a checkpoint has to keep, so that a resumed run tells the same."""
@@ -65,14 +63,17 @@ class Journal:
             "spikes": self.spikes.carried(),
             "experts": self.experts.carried() if self.experts else None,
             "events": self.n_events,
+            "unscored": self.unscored,
         }
 
-    def _take_up(self, carried: dict[str, Any]) -> None:
+    def _take_up(self, step: int, carried: dict[str, Any]) -> None:
         self.unlogged = list(carried.get("unlogged", ()))
-        if "spikes" in carried:
-            self.spikes = Spikes(self.config.train.spike_deviations, carried["spikes"])
+        self.unscored = carried.get("unscored", {})
+        self.spikes = Spikes(self.config.train.spike_deviations, carried.get("spikes", ()))
         if self.experts:
             self.experts = ExpertWatch(self.config.model, carried.get("experts"))
+        if hosts.is_first():
+            self._log = MetricsLog.of(self.config, self.workdir, step - bool(self.unscored))
 
     def event(self, step: int, event: str, told: bool = False, **values: Any) -> None:
         """Writes one event and, unless it is ``told`` already, tells it.
@@ -91,13 +92,11 @@ class Journal:
             )
             print(f"step {step}: {event} ({', '.join(said)})", file=sys.stderr)
 
-    def take(
-        self, step: int, metrics: Metrics, n: int, seconds: float, validation: Score | None
-    ) -> None:
+    def take(self, step: int, metrics: Metrics, n: int, seconds: float, evaluates: bool) -> None:
         """The ``n`` steps after ``step``, which took ``seconds``.
 
-        Losses in the log are means since its last line, of the steps that were not skipped.
-        ``validation`` is of the last step.
+        Losses in the log are means since its last line, of the steps that were not skipped. If it
+        ``evaluates``, the last step's line waits for ``score``.
         """
         recipe, every = self.recipe, self.config.train.log_every
         rate = n * recipe.batch_tokens / seconds
@@ -111,8 +110,8 @@ class Journal:
                 self._see(at, loss)
                 if self.experts:
                     self.experts.see(metrics.routing, i)
-            scored = validation if i == n - 1 else None
-            if at % every and at != recipe.n_steps and not scored:
+            waits = evaluates and i == n - 1
+            if at % every and at != recipe.n_steps and not waits:
                 continue
             tokens, flops_per_second = at * recipe.batch_tokens, rate * recipe.flops_per_token
             line = {
@@ -128,15 +127,25 @@ class Journal:
                 "goodput": goodput(self.clock.seconds()),  # until now
                 "memory_bytes": memory_bytes(),
             }
-            if scored:
-                line["validation_loss"] = scored.loss
-                line["validation_bits_per_byte"] = scored.bits_per_byte
-                line["validation_perplexity"] = scored.perplexity
             if self.experts:
                 line |= self.experts.entries(metrics.routing, i)
             self.unlogged = []
-            if self._log:
+            if waits:
+                self.unscored = line
+            elif self._log:
                 self._log.write(line)
+        self.flush()
+
+    def score(self, validation: Score) -> None:
+        """Of the last step that was taken in, whose line has waited for it."""
+        scores = {
+            "validation_loss": validation.loss,
+            "validation_bits_per_byte": validation.bits_per_byte,
+            "validation_perplexity": validation.perplexity,
+        }
+        if self._log:
+            self._log.write(self.unscored | scores)
+        self.unscored = {}
         self.flush()
 
     def _see(self, step: int, loss: float) -> None:

@@ -5,8 +5,8 @@ reads the metrics of the one before, unless something needs the state between th
 evaluation, a checkpoint, the end).
 
 A step whose loss or gradient is not finite leaves the state as it was. After several in a row the
-run goes back to the last checkpoint that was due, and on at a lower rate. All of that follows from
-the state and the batches, so that an interrupted run does the same.
+run goes back to the last checkpoint that was due, or to its first state, and on at a lower rate.
+All of that follows from the state and the batches, so that an interrupted run does the same.
 """
 
 import collections
@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ import jax
 import numpy as np
 
 from lm import data, hosts
-from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, check_shared, claim, load_config
-from lm.command import BadInput, Preempted, write_atomically
+from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, check_shared, claim
+from lm.command import Preempted, write_atomically
 from lm.config import Config, check_vocabulary
 from lm.score import Score, score
 from lm.sharding import batch_shards, make_mesh
@@ -34,14 +34,13 @@ from lm.train.device import peak_flops
 from lm.train.heartbeat import Heartbeat, read_heartbeat
 from lm.train.journal import Journal
 from lm.train.metrics import check_trackers
+from lm.train.pace import Pace
 from lm.train.profile import Profile
-from lm.train.recipe import Recipe, branch_step, resolve
+from lm.train.recipe import Recipe, resolve
 from lm.train.result import result
 from lm.train.step import Metrics, Program, State
 
 EVALUATION_SEQUENCES = 32  # rows of an evaluation batch; the score does not depend on it
-# A signal waits for one or two dispatches, and has to be acted on before it is enforced.
-LONGEST_DISPATCH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,9 @@ def train(
         if config.train.checkpoint_every >= 0:
             check_shared(workdir)
             stopping = stack.enter_context(hosts.preemptible())
-        run = _Run(config, recipe, workdir, dataset, programs[key], progress, stopping, profile)
-        found = run.to_the_end(start_from)
+        hooks = progress, stopping, profile
+        run = _Run(config, recipe, workdir, dataset, programs[key], start_from, *hooks)
+        found = run.to_the_end()
         stopped = stopping()
     if stopped:
         raise Preempted
@@ -134,9 +134,11 @@ class _Flight(NamedTuple):
 class _Run:
     """The state of one run in this process."""
 
-    def __init__(self, config, recipe: Recipe, workdir, dataset, program: Program, *hooks):
+    def __init__(
+        self, config, recipe: Recipe, workdir, dataset, program: Program, start_from, *hooks
+    ):
         self.config, self.recipe, self.workdir = config, recipe, workdir
-        self.dataset, self.program = dataset, program
+        self.dataset, self.program, self.start_from = dataset, program, start_from
         self.progress, self.stopping, self.profile = hooks
         self.rows = program.rows(recipe.sequences)
         self.clock = program.clock = clock.Clock(read_heartbeat(workdir).get("seconds", {}))
@@ -145,16 +147,16 @@ class _Run:
         self.status = ""
         self.scored: tuple[int, Score] | None = None  # the last good evaluation, and its step
         self.skips = 0  # in a row, up to the newest step that was read
-        self.n_dispatched = config.train.steps_per_dispatch  # steps of the next dispatch, at most
+        self.pace = Pace(config.train.steps_per_dispatch, self.clock)
         self.rollbacks = 0
         self.checkpoints: Checkpoints | None = None
-        # After the newest dispatch: the state, the steps done, and the batches that come next.
+        # After the newest dispatch: the state, the steps done, and the next one's batches and end.
         self.state: State | None = None
-        self.step = 0
+        self.step = self.end = 0
         self.batches: data.Batch | None = None
         self.flights: collections.deque[_Flight] = collections.deque()
 
-    def to_the_end(self, start_from: str | Path | None) -> dict | None:
+    def to_the_end(self) -> dict | None:
         """Trains. Returns the result, or None where it was to stop before."""
         with contextlib.ExitStack() as stack:  # an error, too, waits for the checkpoint under way
             if hosts.is_first():
@@ -171,7 +173,7 @@ class _Run:
                 stack.enter_context(hosts.failing_together())
                 stack.callback(lambda: self.journal.close(done=self.status in ("done", "diverged")))
                 stack.callback(self.profile.close)
-                self._begin(start_from)
+                self._begin()
             with self.clock.on(clock.STEP):
                 self.status = self._steps()
                 if self.status == "stopped":
@@ -188,34 +190,42 @@ class _Run:
 
     def _steps(self) -> str:
         """Runs until it is ``done``, ``diverged``, or ``stopped`` with dispatches in flight."""
-        while self.step < self.recipe.n_steps:
-            # What is saved at a step that is due may be gone back to: never amid skips.
-            if self.stopping() and not (self.skips and self._saves_at(self.step)):
+        while self.journal.unscored or self.step < self.recipe.n_steps:
+            if saved := bool(self.journal.unscored):  # it was stopped amid the evaluation
+                trouble = self._evaluate()
+            elif self._is_to_stop():
                 return "stopped"
-            if self.checkpoints:
-                self.checkpoints.check()
-            self._dispatch()
-            trouble = self._read(unread=0 if self._is_stop(self.step) else 1)
+            else:
+                if self.checkpoints:
+                    self.checkpoints.check()
+                self._dispatch()
+                trouble = self._read(unread=0 if self._is_stop(self.step) else 1)
+            if self.journal.unscored:
+                return "stopped"
             if trouble and not self._roll_back(trouble):
                 return "diverged"
-            if not trouble and self._saves_at(self.step):
+            if not trouble and not saved and self._saves_at(self.step):
                 # To be gone back to, a state must be one that took its last step.
                 if not self.skips or self.step in (self.recipe.n_steps, self.recipe.branch_step):
                     self._save()
         return "done"
 
+    def _is_to_stop(self) -> bool:
+        """Whether a signal came. What is saved at a step that is due may be gone back to: so never
+        amid skips."""
+        return self.stopping() and not (self.skips and self._saves_at(self.step))
+
     def _dispatch(self) -> None:
         """Starts the steps up to the next stop; reads the batches after them meanwhile."""
         if not self.flights:
-            self._start_lap()
-        end, schedule = self._next_stop(self.step), self.recipe.schedule
+            self.pace.start()
+        schedule = self.recipe.schedule
         schedule = schedule._replace(peak=schedule.peak * self._rate_factor())
         self.profile.before(self.step, self.state)
-        self.state, metrics = self.program.train(
-            self.state, self.batches, end - self.step, schedule
-        )
-        self.flights.append(_Flight(self.step, end, metrics))
-        self.step = end
+        n = self.end - self.step
+        self.state, metrics = self.program.train(self.state, self.batches, n, schedule)
+        self.flights.append(_Flight(self.step, self.end, metrics))
+        self.step = self.end
         self.profile.after(self.step, self.state)
         self._read_batches()
 
@@ -230,24 +240,19 @@ class _Run:
         while len(self.flights) > unread:
             flight = self.flights.popleft()
             metrics = jax.device_get(flight.metrics)
-            seconds, n = self._lap(), flight.end - flight.start
-            fit = int(LONGEST_DISPATCH_SECONDS * n / seconds)
-            self.n_dispatched = min(max(fit, 1), self.config.train.steps_per_dispatch)
-            trouble, validation, rate = "", None, n / seconds
+            n = flight.end - flight.start
+            trouble, rate = "", n / self.pace.lap(n)
             if taken := self._too_many_skips(metrics.skipped[:n]):
                 trouble, n = f"{self.skips} steps in a row were skipped", taken
-            elif self._due(flight.end, self.config.train.evaluate_every):
-                validation = self._evaluate(flight.end)
-                if not math.isfinite(validation.loss):
-                    trouble = "the validation loss is not finite"
-            busy = clock.STEP if self.flights else clock.OTHER
-            with self.clock.on(busy):
-                self.journal.take(flight.start, metrics, n, n / rate, validation)
-                if trouble:
-                    self.step = flight.start + n
+                self.step = flight.start + n
+            with self.clock.on(clock.STEP if self.flights else clock.OTHER):
+                evaluates = not trouble and self._due(flight.end, self.config.train.evaluate_every)
+                self.journal.take(flight.start, metrics, n, n / rate, evaluates)
+                if evaluates:
+                    trouble = self._evaluate()
+                if trouble or self.journal.unscored:
                     return trouble
-                scored = validation.loss if validation else None
-                self._tell(flight.end, float(metrics.loss[n - 1]), scored, rate)
+                self._tell(flight.end, float(metrics.loss[n - 1]), rate)
         return ""
 
     def _too_many_skips(self, skipped: np.ndarray) -> int:
@@ -264,32 +269,30 @@ class _Run:
         return worst_documents(self.program, self.state.params, *of_batch)
 
     def _roll_back(self, trouble: str) -> bool:
-        """Goes back to the last checkpoint that was due, and on at a lower rate.
-
-        False where there is none, or it was done too often: the run has diverged.
-        """
+        """Goes back to the last checkpoint that was due, else to the first state, and on at a lower
+        rate. False where it was done too often: the run has diverged."""
         self.flights.clear()
         self.state, found = None, None  # no two states at a time
-        if self.checkpoints and self.rollbacks < self.config.train.rollbacks:
-            with self.clock.on(clock.START):
-                found = self.checkpoints.roll_back(self._abstract_state())
-        if not found:
+        if self.rollbacks == self.config.train.rollbacks:
             self.journal.event(self.step, "diverged", reason=trouble)
             return False
-        state, meta = found
+        with self.clock.on(clock.START):
+            if self.checkpoints:
+                found = self.checkpoints.roll_back(self._abstract_state(), before=self.step)
+            state, meta = found or (self._first_state(), {})
         self.rollbacks += 1
         self.skips = 0
         self.journal.event(
             *(self.step, "rollback"),
             **{"reason": trouble, "to": int(state.step), "rate_factor": self._rate_factor()},
         )
-        self.clock.roll_back(meta["seconds"])
+        self.clock.roll_back(meta.get("seconds", {}))
         self.journal.roll_back(int(state.step), meta)
         self._take_up(state, meta)
         return True
 
-    def _tell(self, step: int, loss: float, scored: float | None, steps_per_second: float) -> None:
-        recipe = self.recipe
+    def _tell(self, step: int, loss: float, steps_per_second: float) -> None:
+        recipe, (at, validation) = self.recipe, self.scored or (None, None)
         rate, left = steps_per_second * recipe.batch_tokens, recipe.n_steps - step
         self.told = Progress(
             step=step,
@@ -297,7 +300,7 @@ class _Run:
             tokens=step * recipe.batch_tokens,
             flops=step * recipe.batch_tokens * recipe.flops_per_token,
             loss=loss,
-            validation_loss=scored,
+            validation_loss=validation.loss if at == step else None,
             tokens_per_second=rate,
             mfu=rate * recipe.flops_per_token / peak_flops(self.config.model.dtype),
             goodput=clock.goodput(self.clock.seconds()),
@@ -310,30 +313,13 @@ class _Run:
         told = vars(self.told) if self.told else {"step": self.step, "n_steps": self.recipe.n_steps}
         return {**told, "doing": self.clock.part, "seconds": self.clock.seconds()}
 
-    def _begin(self, start_from: str | Path | None) -> None:
-        """From the newest checkpoint of this run, else of ``start_from``, else a fresh state."""
-        abstract = self._abstract_state()
-        found = self.checkpoints.restore(abstract) if self.checkpoints else None
-        if found:
-            self._go_on(*found)
-            return
-        if start_from is not None:
-            shorter = load_config(Path(start_from))
-            at = branch_step(shorter, self.config, batch_shards(self.program.mesh))
-            checkpoints = Checkpoints(Path(start_from))
-            found = checkpoints.restore(abstract, at)
-            checkpoints.close()
-            if found:
-                self._go_on(found[0], {})
-                return
-            if not checkpoints.damaged:
-                raise BadInput(f"{start_from}: holds no checkpoint of step {at} to branch from")
-        # Also where all checkpoints are damaged: it costs time, and ends with the same numbers.
-        state = self.program.init(self.config.train.seed)
-        if self.config.train.init_from:
-            params = start.params(self.config, self.program.mesh, state.params)
-            state = state._replace(params=params)
-        self._go_on(state, {})
+    def _begin(self) -> None:
+        """From the newest checkpoint of this run, else from its first state."""
+        found = self.checkpoints.restore(self._abstract_state()) if self.checkpoints else None
+        self._go_on(*(found or (self._first_state(), {})))
+
+    def _first_state(self) -> State:
+        return start.state(self.config, self.program, self._abstract_state(), self.start_from)
 
     def _abstract_state(self) -> State:
         return abstract_like(self.program.abstract_state, self.program.state_sharding)
@@ -363,12 +349,14 @@ class _Run:
         """Those of the next dispatch."""
         if self.step == self.recipe.n_steps:
             return
+        self.end, most = self._next_stop(self.step), self.config.train.steps_per_dispatch
         started = time.perf_counter()
         with self.clock.on(clock.DATA):
-            train, sequences = self.config.train, self.recipe.sequences
-            n = train.steps_per_dispatch
-            found = self.dataset.batches(train.seed, self.step, n, sequences, self.rows)
-            self.batches = self.program.put(found)
+            seed, n = self.config.train.seed, self.end - self.step
+            found = self.dataset.batches(seed, self.step, n, self.recipe.sequences, self.rows)
+            # Of one shape, so that a shorter dispatch is the same program.
+            filled = jax.tree.map(lambda x: np.resize(x, (most, *x.shape[1:])), found)
+            self.batches = self.program.put(filled)
         # On CPU reading takes the step's cores; elsewhere the devices wait once they have finished.
         busy = self.flights and not self.flights[-1].metrics.loss.is_ready()
         if busy and jax.default_backend() != "cpu":
@@ -376,7 +364,7 @@ class _Run:
 
     def _next_stop(self, step: int) -> int:
         """The step at which the next dispatch ends: full, or where something is due."""
-        train, n = self.config.train, hosts.agree(lambda: self.n_dispatched)
+        train, n = self.config.train, hosts.agree(lambda: self.pace.steps)
         stops = [step + n, self.recipe.n_steps]
         stops += [at for at in self.profile.steps if at > step]
         for every in (train.evaluate_every, train.checkpoint_every):
@@ -398,20 +386,30 @@ class _Run:
     def _due(self, step: int, every: int) -> bool:
         return step == self.recipe.n_steps and every >= 0 or every > 0 and step % every == 0
 
-    def _evaluate(self, step: int) -> Score:
-        """The validation score of the state, which is of ``step``."""
+    def _evaluate(self) -> str:
+        """Gives the line of the log that waits for it the state's score, if no signal comes before.
+
+        Returns why the run cannot go on from the state, or "".
+        """
         micro = self.config.train.accumulation if self.program.mesh.shape["stage"] > 1 else 1
         sequences = math.lcm(EVALUATION_SEQUENCES, micro * batch_shards(self.program.mesh))
-        validation = self.dataset.validation(sequences, self.program.rows(sequences))
-        with self.clock.on(clock.EVALUATE):
+
+        def batches() -> Iterator[data.Batch]:
+            for batch in self.dataset.validation(sequences, self.program.rows(sequences)):
+                if self._is_to_stop():
+                    raise Preempted
+                yield self.program.put(batch)
+
+        with self.clock.on(clock.EVALUATE), contextlib.suppress(Preempted):
             found = score(
                 lambda batch: self.program.nats(self.state.params, batch),
-                map(self.program.put, validation),
-                self.dataset.token_bytes,
+                *(batches(), self.dataset.token_bytes),
             )
-        if math.isfinite(found.loss):
-            self.scored = step, found
-        return found
+            self.journal.score(found)
+            if not math.isfinite(found.loss):
+                return "the validation loss is not finite"
+            self.scored = self.step, found
+        return ""
 
     def _save(self) -> None:
         """Starts a checkpoint of the state."""
@@ -426,19 +424,9 @@ class _Run:
                 "rollbacks": self.rollbacks,
                 **self.journal.carried(),
             }
-            self.checkpoints.save(self.step, self.state, meta)
+            # What has yet to be evaluated may prove to be none to go back to.
+            self.checkpoints.save(self.step, self.state, meta, good=not self.journal.unscored)
 
     def _close_checkpoints(self) -> None:
         with self.clock.on(clock.CHECKPOINT):
             self.checkpoints.close()
-
-    def _start_lap(self) -> None:
-        """The devices begin to compute now."""
-        self._lap_began = time.perf_counter(), self.clock.seconds()[clock.COMPILE]
-
-    def _lap(self) -> float:
-        """Seconds, but for compilations, of the dispatch that has ended now."""
-        began, compiling = self._lap_began
-        self._start_lap()
-        now, compiled = self._lap_began
-        return now - began - (compiled - compiling)

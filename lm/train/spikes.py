@@ -21,9 +21,10 @@ class Spikes:
       carried: of the run's earlier part, what ``carried`` gave.
     """
 
-    def __init__(self, deviations: float, carried: Sequence[float] = (0, 0.0, 0.0, 0.0, False)):
+    def __init__(self, deviations: float, carried: Sequence[float] = ()):
         self.deviations = deviations
-        self.n, self.mean, self.variance, self.last, self.above = carried
+        known = carried or (0, 0.0, 0.0, 0.0, False)
+        self.n, self.mean, self.variance, self.last, self.above = known
 
     def carried(self) -> list[float]:
         """What the expectation is made of."""

@@ -1,4 +1,4 @@
-"""The parameters a run starts from where they are not new: another folder's, as for fine-tuning."""
+"""What a run starts from: a fresh state, one with another folder's parameters, or another run's."""
 
 import dataclasses
 from pathlib import Path
@@ -8,10 +8,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from lm import data
-from lm.checkpoint import abstract_params, load_config, load_params
+from lm.checkpoint import Checkpoints, abstract_params, load_config, load_params
 from lm.command import BadInput
 from lm.config import Config, differences, to_dict
 from lm.data.tokenizers import Tokenizer
+from lm.sharding import batch_shards
+from lm.train.recipe import branch_step
+from lm.train.step import Program, State
 
 # Settings that say how, or in training alone.
 MAY_DIFFER = ("dtype", "remat", "quantization", "attention_kernel", "lora")
@@ -71,3 +74,26 @@ def params(config: Config, mesh: Mesh, fresh: Any) -> Any:
     for key in flatten_dict(abstract_params(of_folder, mesh)):
         flat[key].delete()
     return unflatten_dict(flat | flatten_dict(load_params(folder, of_folder, mesh)))
+
+
+def state(config: Config, program: Program, abstract: Any, start_from: str | Path | None) -> State:
+    """A run's first state, always the same: fresh but for ``train.init_from``'s parameters.
+
+    With ``start_from`` it is that run's where its decay began. Raises ``BadInput`` where that has
+    no such checkpoint, or one of another run.
+    """
+    if start_from is not None:
+        folder = Path(start_from)
+        at = branch_step(load_config(folder), config, batch_shards(program.mesh))
+        checkpoints = Checkpoints(folder)
+        found = checkpoints.restore(abstract, at)
+        checkpoints.close()
+        if found:
+            return found[0]
+        if not checkpoints.damaged:
+            raise BadInput(f"{folder}: holds no checkpoint of step {at} to branch from")
+    # Also where all checkpoints are damaged: it costs time, and ends with the same numbers.
+    fresh = program.init(config.train.seed)
+    if not config.train.init_from:
+        return fresh
+    return fresh._replace(params=params(config, program.mesh, fresh.params))

@@ -17,7 +17,7 @@ from lm.data.excerpts import excerpts
 from lm.model import Decoder
 from lm.sharding import make_mesh
 from lm.sweep.store import Store
-from lm.train import loop, spikes
+from lm.train import loop, pace, spikes
 from lm.train.clock import timeless
 from lm.train.events import EventLog, read_events
 from lm.train.metrics import read_metrics
@@ -57,6 +57,12 @@ class BadRows:
             if first_step <= step < first_step + n_steps:
                 weights[step - first_step, row] = np.nan
         return batches._replace(weights_BT=weights)
+
+
+@pytest.fixture(autouse=True)
+def known_dispatches(monkeypatch):
+    """After three of one step, dispatches are full, however busy this machine is."""
+    monkeypatch.setattr(pace, "LONGEST_DISPATCH_SECONDS", 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +218,53 @@ def test_after_skips_in_a_row_it_goes_back_and_on_at_a_lower_rate(
     assert all(line["train_loss"] for line in log)
 
 
+@pytest.mark.parametrize("every", [-1, 0, pytest.param(15, marks=pytest.mark.slow)], ids=str)
+def test_before_the_first_checkpoint_it_goes_back_to_its_first_state(
+    config, programs, program, dataset, tmp_path, every
+):
+    config = replace(config, train={**ROLLS_BACK, "checkpoint_every": every})
+    result = loop.train(config, tmp_path, programs=programs, dataset=dataset)
+    wanted = steps(config, program, dataset, program.init(0), 0, N_STEPS, factor=0.5)
+    score = loop.score(
+        lambda batch: program.nats(wanted.params, batch),
+        *(map(program.put, dataset.validation(32)), dataset.token_bytes),
+    )
+    assert (result["status"], result["rollbacks"], result["loss"]) == ("done", 1, score.loss)
+    if every >= 0:
+        assert_equal(final_state(program, tmp_path), wanted)
+    assert kinds(tmp_path) == [*((i + 1, "skipped") for i in POISONED), (14, "rollback")]
+    assert read_events(tmp_path)[-1]["to"] == 0
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, N_STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["init_from", "start_from"])
+def test_the_first_state_may_be_another_runs(config, dataset, tmp_path, kind):
+    other, run = tmp_path / "other", tmp_path / "run"
+    wsd = replace(config, optimizer={"schedule": "wsd", "warmup": 0.01})
+    shorter = replace(wsd, train={"tokens": 64.0 * SEQUENCES * 5})
+    programs = {Program.key(wsd): Poisoned(wsd, make_mesh(wsd.mesh))}
+    (program,) = programs.values()
+    loop.train(shorter, other, programs=programs, dataset=dataset)
+    start_from, first = other, 4
+    config = replace(wsd, train=ROLLS_BACK | {"checkpoint_every": 0})
+    if kind == "init_from":
+        config, start_from, first = replace(config, train={"init_from": str(other)}), None, 0
+    loop.train(config, run, programs=programs, dataset=dataset, start_from=start_from)
+    assert read_events(run)[-1]["to"] == first
+    if kind == "init_from":
+        state = program.init(0)._replace(params=final_state(program, other).params)
+    else:
+        state = steps(shorter, program, dataset, program.init(0), 0, 4)
+    assert_equal(
+        final_state(program, run),
+        steps(config, program, dataset, state, first, N_STEPS, factor=0.5),
+    )
+
+
 @pytest.mark.parametrize(
-    "fault, every, least", [("kill", 7, 4), ("signal", 7, 4), ("signal amid skips", 6, 1)]
+    "fault, every, least",
+    [("kill", 7, 4), ("signal", 7, 4), ("signal amid skips", 6, 1), ("signal", 0, 4)],
 )
 def test_interrupted_around_a_rollback_it_does_the_same(
     config, programs, program, dataset, tmp_path, fault, every, least
@@ -252,6 +303,42 @@ def test_interrupted_around_a_rollback_it_does_the_same(
     assert timeless(found) == timeless(wanted)
     assert [timeless(x) for x in read_metrics(parts)] == [timeless(x) for x in read_metrics(whole)]
     assert kinds(parts) == kinds(whole)
+    assert_equal(final_state(program, parts), final_state(program, whole))
+
+
+def test_what_is_saved_amid_an_evaluation_is_not_gone_back_to_if_that_is_no_number(
+    config, programs, program, dataset, tmp_path, monkeypatch
+):
+    """Nor does it take the place of what is."""
+    settings = {"keep_checkpoints": 1, "evaluate_every": 5, "checkpoint_every": 5}
+    config = replace(config, train=settings)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    evaluate, score, at, signals = loop._Run._evaluate, loop.score, [], []
+
+    def evaluated(run):
+        at[:] = run.step, run.rollbacks
+        if signals and at == [10, 0]:
+            signal.raise_signal(signals.pop())
+            time.sleep(0.05)
+        return evaluate(run)
+
+    def bad(*arguments):
+        found = score(*arguments)
+        return replace_loss(found) if at == [10, 0] else found
+
+    def replace_loss(found):
+        return type(found)(float("nan"), found.bits_per_byte, found.tokens)
+
+    monkeypatch.setattr(loop._Run, "_evaluate", evaluated)
+    monkeypatch.setattr(loop, "score", bad)
+    wanted = loop.train(config, whole, programs=programs, dataset=dataset)
+    assert [event["to"] for event in read_events(whole)] == [5]
+    signals.append(signal.SIGTERM)
+    with pytest.raises(Preempted):
+        loop.train(config, parts, programs=programs, dataset=dataset)
+    assert {path.name for path in (parts / "checkpoints").iterdir()} == {"5", "10"}
+    found = loop.train(config, parts, programs=programs, dataset=dataset)
+    assert timeless(found) == timeless(wanted) and kinds(parts) == kinds(whole)
     assert_equal(final_state(program, parts), final_state(program, whole))
 
 

@@ -155,7 +155,7 @@ def test_with_damaged_checkpoints_it_ends_the_same(
     begun = []
     capfd.readouterr()
     loop.train(short, tmp_path, programs=programs, progress=begun.append)
-    assert begun[0].step == resumed + 4
+    assert begun[0].step == resumed + 1
     said = capfd.readouterr().err.splitlines()
     assert [
         f"checkpoints/{step}: damaged, meta/metadata has" in line
@@ -182,5 +182,5 @@ def test_the_second_process_in_a_folder_is_refused_and_the_first_goes_on(
         refused.append(at.step)
 
     result = loop.train(short, tmp_path, programs=programs, progress=begin_another)
-    assert refused == [4, 8, 12]
+    assert {4, 8, 12} <= set(refused)
     assert timeless(result) == timeless(json.loads((wanted / "result.json").read_text()))
