@@ -87,10 +87,12 @@ class Leases:
         return "failed" if attempts[-1].end == "failed" else "waiting"
 
     def deaths(self, run_id: str) -> int:
-        """How many workers a run has killed since it was last forgiven."""
+        """How many workers a run has killed since it was last forgiven for being set aside."""
         deaths = 0
         for attempt in self._attempts.get(run_id, ()):
-            deaths = 0 if attempt.end == "forgiven" else deaths + (attempt.end == "died")
+            if attempt.end == "forgiven" and deaths >= DEATHS:  # and not for having failed
+                deaths = 0
+            deaths += attempt.end == "died"
         return deaths
 
     def last(self, run_id: str) -> Attempt:

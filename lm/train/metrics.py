@@ -39,9 +39,9 @@ class TensorBoard:
 
         self._path, self._event, self._summary = workdir / "events", Event, Summary
         self._writer, self._flushed = EventsWriter(str(self._path)), time.monotonic()
-        if step:  # later ones of an earlier file are not shown
-            session = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(step=step + 1, session_log=session))
+        # Later ones of an earlier file are not shown.
+        session = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(step=step + 1, session_log=session))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         values = [self._summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
@@ -72,11 +72,13 @@ class WeightsAndBiases:
                 resume="auto",  # by a file that it leaves there when the run is not done
                 settings=wandb.Settings(console="off"),  # the progress bar is no log
             )
+            # W&B's own steps never go back, as a run does at a rollback.
+            self._run.define_metric("*", step_metric="step")
         except wandb.errors.Error as error:
             raise BadInput(f"train.track = 'wandb': {error}") from error
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        self._run.log(scalars, step=step)
+        self._run.log({"step": step, **scalars})
 
     def close(self, done: bool) -> None:
         self._run.finish(exit_code=0 if done else 1)

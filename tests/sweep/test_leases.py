@@ -158,6 +158,16 @@ def test_three_deaths_set_a_run_aside_until_it_is_forgiven(worker):
     assert one.claim("a")
 
 
+def test_a_failure_that_is_forgiven_forgives_no_deaths(worker):
+    one = worker("one")
+    for how in ("died", "died", "failed", "died"):
+        assert one.claim("a")
+        one.end("a", how)
+        if how == "failed":
+            one.forgive("a")
+    assert one.state("a") == "set aside"
+
+
 def test_one_that_ended_well_is_not_taken_before_its_result_can_be_seen(worker):
     first, second = worker("first"), worker("second")
     first.claim("a")
