@@ -233,14 +233,17 @@ def fit(
     )
 
 
-def write(study: Study, out: str | Path) -> None:
-    """Writes figures/*.svg, law.json and, last, report.html into the folder `out`."""
+def write(study: Study, out: str | Path, more: Sequence[str] = ()) -> None:
+    """Writes figures/*.svg, law.json and, last, report.html into the folder `out`.
+
+    more: sections of the page, HTML, after its checks.
+    """
     # Imported here: matplotlib takes a second that a refusal need not wait for.
     from lm.report import figures, page
 
     out = Path(out)
     drawn = figures.figures(study.fits, study.runs, study.curves, study.experts)
-    text = page.page(study, drawn)
+    text = page.page(study, drawn, more)
     law = json.dumps(study.law, indent=1, allow_nan=False, ensure_ascii=False)
     law = _NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", law)
     for name, svg in drawn.items():

@@ -1,13 +1,13 @@
 """Learning rate, batch and depth of the IsoFLOP studies on CPU, before any exponent is fitted.
 
-    python experiments/isoflop/calibrate.py --study=quick --workdir=runs/calibration_quick
-    python experiments/isoflop/calibrate.py --study=full --workdir=runs/calibration_full
+    python -m experiments.isoflop.calibrate --part=noise --workdir=runs/calibration
+    python -m experiments.isoflop.calibrate --part=rates --workdir=runs/calibration
+    python -m experiments.isoflop.calibrate --part=depths --workdir=runs/calibration
 
-``quick``: two widths, two budgets, five recipes. ``full``: two sizes, two tokens-per-parameter
-ratios, five rates and three batches, then four depths of one size at two budgets, two seeds each.
-Ten minutes and half an hour of two cores; the same command again goes on. Writes
-``results/calibration.csv`` or ``results/full/calibration.csv`` and prints it. What is compared is
-the loss of single runs, which scatter by about 0.02 nats from seed to seed.
+``noise``: six recipes of one size, eight seeds each: how far the loss depends on the seed.
+``rates``: two shapes, two tokens-per-parameter ratios, five rates and three batches. ``depths``:
+four depths of one size at two budgets, two seeds each. Five, fifteen and ten minutes of one core;
+the same command again goes on. Writes ``results/calibration_<part>.csv`` and prints it.
 """
 
 import csv
@@ -26,15 +26,27 @@ from lm.config_file import load
 from lm.sweep.grid import ladder
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("study", "quick", "quick or full.", flag_values=FLAGS)
+flags.DEFINE_string("part", None, "noise, rates or depths.", flag_values=FLAGS)
 flags.DEFINE_string("workdir", None, "Where the runs go.", flag_values=FLAGS)
-RECIPES = ((0.01, 0.25), (0.005, 0.25), (0.02, 0.25), (0.01, 0.125), (0.01, 0.5))
-MORE_RECIPES = (*RECIPES, (0.0025, 0.25), (0.04, 0.25))
-COLUMNS = (
-    "flops d_model n_layers params tokens batch_tokens rate_at_width_32 batch_scale seed loss"
-).split()
+flags.DEFINE_string("data_dir", "data", "Where lm.data put the corpus.", flag_values=FLAGS)
+CONFIG = Path(__file__).parents[2] / "configs" / "isoflop_cpu.py"
 RESULTS = Path(__file__).parent / "results"
-TABLES = {"quick": RESULTS / "calibration.csv", "full": RESULTS / "full" / "calibration.csv"}
+COLUMNS = (
+    "recipe flops d_model n_layers params tokens batch_tokens rate_at_width_32 batch_scale seed"
+    " loss"
+).split()
+# (tied embedding, base of RoPE, weight decay); the last is the studies' own.
+RECIPES = {
+    "untied": (False, 10_000.0, 0.0),
+    "untied, decay": (False, 10_000.0, 0.1),
+    "tied": (True, 10_000.0, 0.0),
+    "tied, base 100": (True, 100.0, 0.0),
+    "tied, decay": (True, 10_000.0, 0.1),
+    "tied, base 100, decay": (True, 100.0, 0.1),
+}
+CHOSEN = "tied, base 100, decay"
+RATES = ((0.01, 0.25), (0.005, 0.25), (0.02, 0.25), (0.0025, 0.25), (0.04, 0.25))
+BATCHES = ((0.01, 0.125), (0.01, 0.5))
 
 
 class Trial(NamedTuple):
@@ -43,32 +55,42 @@ class Trial(NamedTuple):
     flops: float
     d_model: int
     n_layers: int
-    rate: float  # of matrices at width 32
-    batch: float  # the scale of Step Law's rule
+    rate: float = 0.01  # of matrices at width 32
+    batch: float = 0.25  # the scale of Step Law's rule
     seed: int = 0
+    recipe: str = CHOSEN
 
 
-def trials(study: Config, name: str) -> list[Trial]:
-    """The runs of a calibration, cheapest first."""
-    if name == "quick":
-        grid = itertools.product((3e11, 3e12), (32, 64), RECIPES)
-        return [Trial(flops, width, 2, *recipe) for flops, width, recipe in grid]
-    recipes = [
-        Trial(_flops(study, width, depth, ratio), width, depth, *recipe)
-        for (width, depth), ratio, recipe in itertools.product(
-            ((32, 2), (64, 3)), (8, 40), MORE_RECIPES
-        )
+def _noise(study: Config) -> list[Trial]:
+    return [
+        Trial(3e11, 32, 2, seed=seed, recipe=recipe) for recipe in RECIPES for seed in range(1, 9)
     ]
-    depths = [
-        Trial(flops, width, depth, *RECIPES[0], seed)
-        for flops, shapes in (
-            (3e11, ((40, 1), (32, 2), (24, 3), (24, 4))),
-            (3e12, ((80, 2), (64, 3), (56, 4), (48, 6))),
-        )
-        for width, depth in shapes
+
+
+def _rates(study: Config) -> list[Trial]:
+    grid = itertools.product(((32, 2), (64, 3)), (8, 40), RATES + BATCHES)
+    return [Trial(_flops(study, *shape, ratio), *shape, *recipe) for shape, ratio, recipe in grid]
+
+
+def _depths(study: Config) -> list[Trial]:
+    shapes = {
+        3e11: ((40, 1), (32, 2), (24, 3), (24, 4)),
+        3e12: ((80, 2), (64, 3), (56, 4), (48, 6)),
+    }
+    return [
+        Trial(flops, *shape, seed=seed)
+        for flops in shapes
+        for shape in shapes[flops]
         for seed in (1, 2)
     ]
-    return sorted((*recipes, *depths), key=lambda trial: trial.flops)
+
+
+PARTS = {"noise": _noise, "rates": _rates, "depths": _depths}
+
+
+def trials(study: Config, part: str) -> list[Trial]:
+    """The runs of a part, cheapest first."""
+    return sorted(PARTS[part](study), key=lambda trial: trial.flops)
 
 
 def _model(study: Config, width: int, depth: int):
@@ -78,10 +100,12 @@ def _model(study: Config, width: int, depth: int):
 
 def as_config(study: Config, trial: Trial) -> Config:
     """The run of a trial."""
+    tied, rope_base, decay = RECIPES[trial.recipe]
+    model = to_dict(_model(study, trial.d_model, trial.n_layers))
     return replace(
         study,
-        model=to_dict(_model(study, trial.d_model, trial.n_layers)),
-        optimizer={"learning_rate": trial.rate},
+        model={**model, "tied": tied, "rope_base": rope_base},
+        optimizer={"learning_rate": trial.rate, "weight_decay": decay},
         train={"flops": trial.flops, "batch_tokens": trial.batch, "seed": trial.seed},
         sweep={"budgets": ()},
     )
@@ -95,27 +119,26 @@ def _flops(study: Config, width: int, depth: int, tokens_per_parameter: float) -
 
 
 def main() -> None:
-    one_of("--study", FLAGS.study, list(TABLES))
+    one_of("--part", FLAGS.part, list(PARTS))
     if FLAGS.workdir is None:
-        raise BadInput(f"--workdir is missing; as --workdir=runs/calibration_{FLAGS.study}")
+        raise BadInput("--workdir is missing; as --workdir=runs/calibration")
     from lm.train.device import keep_compiled
     from lm.train.loop import train
 
     keep_compiled()
-    config_file = Path(__file__).parents[2] / "configs" / "isoflop_cpu.py"
-    study = load(f"{config_file}:{FLAGS.study}")
+    study = replace(load(f"{CONFIG}:full"), data={"data_dir": FLAGS.data_dir})
     programs, rows = {}, []
-    for trial in trials(study, FLAGS.study):
-        name = "c{:.1e}-d{}-l{}-r{}-b{}-s{}".format(*trial).replace("+", "")
+    for trial in trials(study, FLAGS.part):
+        name = "c{:.1e}-d{}-l{}-r{}-b{}-s{}-{}".format(*trial[:6], trial.recipe.replace(", ", "-"))
+        name = name.replace("+", "").replace(" ", "")
         run = train(as_config(study, trial), Path(FLAGS.workdir) / name, programs=programs)
         loss = None if run["loss"] is None else round(run["loss"], 4)
         size = run["params"], run["tokens"], run["batch_tokens"]
-        rows.append((*trial[:3], *size, *trial[3:], loss))
-        print(*rows[-1], flush=True)
+        rows.append((trial.recipe, *trial[:3], *size, *trial[3:6], loss))
+        print(*rows[-1], sep=",", flush=True)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    TABLES[FLAGS.study].parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(TABLES[FLAGS.study], text.getvalue())
+    write_atomically(RESULTS / f"calibration_{FLAGS.part}.csv", text.getvalue())
 
 
 if __name__ == "__main__":

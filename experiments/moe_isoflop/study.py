@@ -2,8 +2,8 @@
 
     python -m lm.sweep --config=experiments/moe_isoflop/study.py:top1 --workdir=runs/moe_top1
 
-All four have configs/isoflop_cpu.py's shapes, rates and batches; only the feed-forward layers
-differ. run.py has all commands.
+All four have configs/isoflop_cpu.py's widths, rates and batches, in two layers with a head of their
+own and without weight decay; only the feed-forward layers differ. run.py has all commands.
 """
 
 from configs import base, isoflop_cpu
@@ -41,6 +41,10 @@ def get_config(kind="dense"):
         config = isoflop_cpu.get_config("quick")
         config.data.validation_tokens = 102_400
         config.sweep.budgets = (3e10, 1e11, 3e11)
+        config.model.tied = False
+        config.model.rope_base = 10_000.0
+        config.optimizer.weight_decay = 0.0
+        config.sweep.aspect = 1e6
         config.sweep.sizes = 5
         config.sweep.spread = 4.0
         config.sweep.first_optimum = 13_000.0

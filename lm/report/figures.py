@@ -69,14 +69,14 @@ def figures(
     drawn = {}
     with matplotlib.rc_context(STYLE):
         if "isoflop" in fits:
-            drawn["isoflop"] = _svg(isoflop(fits["isoflop"]))
-        drawn["allocation"] = _svg(allocation(fits))
+            drawn["isoflop"] = svg(isoflop(fits["isoflop"]))
+        drawn["allocation"] = svg(allocation(fits))
         if "envelope" in fits and curves is not None:
-            drawn["envelope"] = _svg(envelope(fits["envelope"], curves))
+            drawn["envelope"] = svg(envelope(fits["envelope"], curves))
         if "parametric" in fits:
-            drawn["parametric"] = _svg(parametric(fits["parametric"], runs))
+            drawn["parametric"] = svg(parametric(fits["parametric"], runs))
         if experts is not None:
-            drawn["experts"] = _svg(expert_loads(experts))
+            drawn["experts"] = svg(expert_loads(experts))
     return drawn
 
 
@@ -134,7 +134,7 @@ def isoflop(fit: IsoflopFit) -> Figure:
         axes.plot([], [], marker, color=GREY, ms=5 if marker != "|" else 9, label=label)
     if not all(p.used.all() for p in fit.profiles):
         axes.plot([], [], "o", mfc="white", mec=GREY, ms=5, label="run outside the window")
-    _log_axis(axes.xaxis, count)
+    log_axis(axes.xaxis, count)
     axes.margins(x=0.09)
     axes.set(xlabel="parameters N", ylabel="loss, nats a token")
     axes.legend(loc="upper center", ncol=4, bbox_to_anchor=(0.5, -0.13))
@@ -167,8 +167,8 @@ def allocation(fits: dict[str, AllocationFit]) -> Figure:
             if name != "parametric":
                 _optima(axes, fit, colour, panel, small=name == "envelope")
     for axes, quantity in zip(panels, ("parameters N", "tokens D"), strict=True):
-        _log_axis(axes.xaxis, power)
-        _log_axis(axes.yaxis, count)
+        log_axis(axes.xaxis, power)
+        log_axis(axes.yaxis, count)
         axes.set(xlabel="training FLOPs C", xlim=(low, high), title=f"Optimal {quantity}")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=4)
@@ -220,9 +220,9 @@ def envelope(fit: EnvelopeFit, curves: CurveTable) -> Figure:
     axes.set_ylim(low - 0.04 * (high - low), high + 0.45 * (high - low))
     below = np.fmin(curves.train_loss, curves.validation_loss) < axes.get_ylim()[1]
     axes.set_xlim(curves.flops[below].min() / 1.5, flops.max() * 1.3)
-    _log_axis(axes.xaxis, power)
+    log_axis(axes.xaxis, power)
     bar = figure.colorbar(shade, ax=axes, pad=0.01, aspect=34)
-    _log_axis(bar.ax.yaxis, count)
+    log_axis(bar.ax.yaxis, count)
     bar.set_label("parameters N")
     bar.outline.set_visible(False)
     axes.set(xlabel="training FLOPs C", ylabel="loss, nats a token")
@@ -257,8 +257,8 @@ def parametric(fit: ParametricFit, runs: RunTable) -> Figure:
         ylabel="parameters N",
         title="Fitted loss L(N, D)",
     )
-    _log_axis(left.xaxis, count)
-    _log_axis(left.yaxis, count)
+    log_axis(left.xaxis, count)
+    log_axis(left.yaxis, count)
     left.grid(False)
     left.legend(loc="upper left")
 
@@ -278,7 +278,7 @@ def parametric(fit: ParametricFit, runs: RunTable) -> Figure:
                 va="center",
                 color=GREY,
             )
-    _log_axis(right.xaxis, count)
+    log_axis(right.xaxis, count)
     right.set(
         xlabel="tokens a parameter D/N", ylabel="observed over fitted loss, %", title="Residuals"
     )
@@ -334,7 +334,7 @@ def _figure(height: float, columns: int = 1):
     return figure, figure.subplots(1, columns)
 
 
-def _log_axis(axis, write) -> None:
+def log_axis(axis, write) -> None:
     """A log axis with labels 1, 2 and 5 a decade where it spans little, one a decade otherwise."""
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
     low, high = sorted(axis.get_view_interval())
@@ -346,7 +346,7 @@ def _log_axis(axis, write) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an <svg> element: no prolog, no ids that another figure also has."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

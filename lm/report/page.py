@@ -1,5 +1,6 @@
 """The self-contained report.html of a study: no script, no network, everything in one file."""
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -62,8 +63,8 @@ MOST_SIZES = 16  # columns of the run table on the page; beyond, neighbouring si
 OPT = "<sub>opt</sub>"
 
 
-def page(study: Study, figures: dict[str, str]) -> str:
-    """The whole document; `figures` are SVG texts by name."""
+def page(study: Study, figures: dict[str, str], more: Sequence[str] = ()) -> str:
+    """The whole document; `figures` are SVG texts by name, `more` sections of the caller's own."""
     sections = (
         _heading(study),
         _exponents(study),
@@ -76,6 +77,7 @@ def page(study: Study, figures: dict[str, str]) -> str:
         _accounting(study),
         _held_out(study),
         _comparison(study),
+        *more,
         _runs(study),
         _checklist(study),
     )

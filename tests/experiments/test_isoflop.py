@@ -1,34 +1,200 @@
-"""The studies' calibration: trials that the sweeps' own ladder has."""
+"""The full study: its kinds and trials can be run, and its analysis finds what was put in."""
 
-import importlib.util
-from pathlib import Path
+import dataclasses
+import json
 
+import numpy as np
 import pytest
 
+from experiments.isoflop import analysis, calibrate, figures, page, run, study
+from lm import arithmetic, fit
 from lm.config_file import load
+from lm.report.study import plain
+from lm.scaling import ParametricLaw, RunTable, fit_isoflop, fit_parametric, overtrain
+from lm.scaling.parametric import HOFFMANN_STARTS
+from lm.sweep import grid
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _module(name):
-    path = ROOT / "experiments" / "isoflop" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"isoflop_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ROOT = run.ROOT
+LAW = ParametricLaw(E=0.8, A=60.0, B=900.0, alpha=0.42, beta=0.45)
+STARTS = HOFFMANN_STARTS[::50]
 
 
-@pytest.mark.parametrize("study", ["quick", "full"])
-def test_trials_of_a_calibration_can_be_run(monkeypatch, study):
-    monkeypatch.chdir(ROOT)
-    calibrate = _module("calibrate")
-    config = load(f"configs/isoflop_cpu.py:{study}")
-    trials = calibrate.trials(config, study)
+@pytest.mark.parametrize("part", calibrate.PARTS)
+def test_trials_of_a_calibration_can_be_run(part):
+    config = load(f"{calibrate.CONFIG}:full")
+    trials = calibrate.trials(config, part)
     assert len(set(trials)) == len(trials)
     for trial in trials:
         made = calibrate.as_config(config, trial)
         assert (made.model.d_model, made.model.n_layers) == (trial.d_model, trial.n_layers)
         assert made.optimizer.learning_rate == trial.rate
         assert (made.train.flops, made.train.seed) == (trial.flops, trial.seed)
-    rates = {trial.rate for trial in trials}
-    assert len(rates) >= (5 if study == "full" else 3)
+    chosen = calibrate.as_config(config, calibrate.Trial(3e11, 32, 2))
+    same = chosen.model.tied, chosen.model.rope_base, chosen.optimizer
+    assert same == (config.model.tied, config.model.rope_base, config.optimizer)
+
+
+def test_the_main_study_spans_budgets_sizes_and_seeds():
+    config = load("experiments/isoflop/study.py:main")
+    sweep = config.sweep
+    assert config == load("configs/isoflop_cpu.py:full")
+    assert sweep.budgets[0] == 1e11 and sweep.budgets[-1] == 3e13 and len(sweep.budgets) >= 6
+    assert sweep.sizes >= 7 and sweep.spread**2 >= 16
+    first = grid.plan(config, {})[0]
+    seeds = {}
+    for each in first.runs:
+        seeds.setdefault(each.params, set()).add(each.config.train.seed)
+    assert all(len(found) >= 3 for params, found in seeds.items() if params < 50_000)
+
+
+@pytest.mark.parametrize("kind", study.KINDS)
+def test_kinds_change_what_they_name_and_nothing_else(kind):
+    files = ["data.files=sources.jsonl"] if kind == "python_source" else []
+    widths = ["sweep.widths=(16,24,40)"] if kind == "smaller" else []
+    config = load(f"experiments/isoflop/study.py:{kind}", files + widths)
+    main = load("experiments/isoflop/study.py:main")
+    runs = [each for budget in grid.plan(config, {}) for each in budget.runs]
+    assert runs
+    assert config.model == main.model
+    changed = {name.partition(".")[0] for name in study.changes(kind)}
+    for section in ("data", "optimizer", "train"):
+        assert (getattr(config, section) == getattr(main, section)) == (section not in changed)
+
+
+def test_every_rung_undoes_one_of_kaplans():
+    rungs = [set(names) for names in study.LADDER.values()]
+    for above, below in zip(rungs, [*rungs[1:], set()], strict=True):
+        assert below < above
+    assert rungs[0] == set(study.KAPLAN)
+    assert {kind for _, kind, _ in analysis.ONE_AT_A_TIME} == {"main", *study.KAPLAN}
+    assert [kind for _, kind, _, _ in analysis.TOGETHER] == [*study.LADDER, "main"]
+
+
+def table(law=LAW, budgets=(1e11, 3e11, 1e12, 3e12, 1e13), sizes=8, noise=0.0, spread=4.0):
+    """Runs of the family's own shapes whose losses are a law's."""
+    config = load("configs/isoflop_cpu.py:full")
+    rungs, rows, rng = grid.ladder(config), [], np.random.default_rng(0)
+    for budget in budgets:
+        best = 20_000 * (budget / 1e11) ** 0.5
+        for rung in grid.choose_sizes(rungs, best, spread, sizes):
+            for seed in (0, 1):
+                tokens = budget / arithmetic.flops_per_token(rung.model, 128)
+                loss = law.loss(rung.params, tokens) * np.exp(noise * rng.standard_normal())
+                model = rung.model
+                rows.append(
+                    dict(
+                        loss=float(loss), params=float(rung.params), tokens=tokens, flops=budget,
+                        budget=budget, seed=float(seed), epochs=tokens / 21e6,
+                        d_model=model.d_model, n_layers=model.n_layers, n_heads=model.n_heads,
+                        head_width=model.head_width, d_ff=model.d_ff, tied=1.0,
+                        n_kv_heads=model.n_kv_heads, vocab_size=257.0, seq_len=128.0,
+                    )
+                )  # fmt: skip
+    return RunTable.from_arrays(
+        **{name: np.array([float(r[name]) for r in rows]) for name in rows[0]}
+    )
+
+
+def test_the_ladder_finds_a_known_exponent_and_says_where_there_is_none():
+    runs = table(noise=1e-4)
+    tables = dict.fromkeys(study.KINDS, runs)
+    tables["batch"] = runs.where(runs.columns["budget"] == 1e12)  # one budget: no line
+    rows = analysis.ladder(tables, study.BUDGETS, bootstrap=20)
+    assert len(rows) == len(analysis.ONE_AT_A_TIME) + len(analysis.TOGETHER)
+    by = {row["rung"]: row for row in rows}
+    tuned, alone = by["none: tuned, all counted"], by["N: non-embedding"]
+    assert tuned["a"] == pytest.approx(by["+ tuned batch and rate: the main study"]["a"])
+    assert tuned["a"] == pytest.approx(tuned["akima"], abs=0.05)
+    assert alone["a"] > tuned["a"] + 0.03  # the head is the smaller, the larger the model
+    assert by["batch: fixed"]["a"] is None and by["batch: fixed"]["reason"]
+    assert all(flops < 3.1e12 for flops, *_ in tuned["optima"])
+
+
+@pytest.fixture(scope="module")
+def main():
+    """The fits of runs that follow a law but for 0.2 % of noise."""
+    runs = table(noise=0.002)
+    fits = {
+        "isoflop": fit_isoflop(runs, bootstrap=50),
+        "parametric": fit_parametric(runs, bootstrap=50, starts=STARTS),
+    }
+    return fit.Study(runs=runs, curves=None, fits=fits, refused={}, accounting={})
+
+
+def test_the_held_out_budget_is_foreseen_where_the_law_holds(main):
+    found = analysis.held_out(main, bootstrap=50)
+    assert found["flops"] == 1e13
+    assert abs(found["parametric"]["loss_error"]) < 0.005
+    low, high = found["parametric"]["loss_interval80"]
+    assert low < found["parametric"]["loss"] < high
+    assert found["isoflop"]["ratio"] == pytest.approx(1, abs=0.15)
+
+    top = main.runs.columns["budget"] == 1e13
+    higher = dataclasses.replace(main.runs, loss=main.runs.loss * np.where(top, 1.05, 1.0))
+    fits = {"isoflop": fit_isoflop(higher, bootstrap=0)}
+    found = analysis.held_out(dataclasses.replace(main, runs=higher, fits=fits), bootstrap=50)
+    assert found["parametric"]["loss_error"] == pytest.approx(-0.05, abs=0.008)
+
+
+def test_smaller_models_cost_what_the_law_says():
+    """Under FLOPs of 6 N D it is `overtrain`'s closed form."""
+    base, rows = 1e12, []
+    optimum = LAW.optimum(base)
+    for factor in (1.0, 0.75, 0.5):
+        for times in (1, 1.4, 2, 2.8, 4):
+            params, flops = float(optimum.params) * factor, base * times
+            tokens = flops / (6 * params)
+            rows.append((params, tokens, flops, float(LAW.loss(params, tokens))))
+    params, tokens, flops, loss = np.array(rows).T
+    runs = RunTable.from_arrays(loss=loss, params=params, tokens=tokens, flops=flops)
+
+    class Fit:
+        law = LAW
+
+    found = analysis.over_training(runs, Fit, base, bootstrap=10)
+    assert [row["times_smaller"] for row in found] == pytest.approx([4 / 3, 2])
+    for row, factor in zip(found, (0.75, 0.5), strict=True):
+        expected = float(overtrain(LAW, base, factor).flops) / base
+        assert row["cost_by_the_law"] == pytest.approx(expected, rel=1e-6)
+        assert row["cost"] == pytest.approx(expected, rel=0.02)
+
+
+def test_seeds_scatter_as_they_were_made_to():
+    runs = table(noise=0.01)
+    found = analysis.seed_scatter(runs)
+    assert found["all"] == pytest.approx(0.01, rel=0.3)
+    assert set(found) == {"all", "below 50,000", "above"}
+    assert analysis.seed_scatter(table(noise=1e-6))["all"] < 2e-6
+    repeats = analysis.repeated(runs)
+    assert len(repeats) + len(analysis.without_repeats(runs)) == len(runs) and repeats
+
+
+def test_figures_and_page_show_every_number(main):
+    runs = main.runs
+    tables = dict.fromkeys(study.KINDS, runs)
+    elsewhere = [{"name": "English"} | analysis.exponent(runs, analysis.AS_COUNTED, 20)]
+    rows = analysis.ladder(tables, study.BUDGETS, bootstrap=20)
+    foreseen = analysis.held_out(main, 20)
+    smaller = [
+        dict(params=2e4, times_smaller=2.0, base_flops=1e12, cost=1.2, interval95=(1.1, 1.3),
+             draws_beyond_the_runs=0.0, cost_by_the_law=1.21)
+    ]  # fmt: skip
+    summary = plain(
+        dict(
+            held_out=foreseen, ladder=rows, elsewhere=elsewhere, over_training=smaller,
+            seed_scatter=analysis.seed_scatter(runs), rms_log_residual=0.002, repeated=["x"],
+            without_repeats={"isoflop": {"a": 0.5}},
+            cost={"main": {"runs": 80, "flops": 5e14, "hours": 1.5, "goodput": 0.93}},
+        )
+    )  # fmt: skip
+    json.dumps(summary, allow_nan=False)
+    drawn = {
+        "exponents": figures.exponents(main, elsewhere),
+        "ladder": figures.ladder(rows),
+        "held_out": figures.held_out(main, foreseen),
+        "over_training": figures.over_training(smaller, runs, 1e12),
+    }
+    text = "".join(page.sections(summary, drawn))
+    assert text.count("<svg") == 4
+    for shown in ("0.835", "1.20", "(1.10, 1.30)", "93 %", f"{rows[0]['a']:.3f}"):
+        assert shown in text

@@ -1,0 +1,198 @@
+"""The full study: the main sweep, Kaplan's settings, elsewhere, smaller models; then what they say.
+
+    python -m lm.data --config=configs/isoflop_cpu.py:full
+    python -m experiments.isoflop.run --workdir=runs/isoflop [--kinds=main,batch] [--norun]
+
+Trains what is missing by ``lm.sweep``, so that the same command goes on after an interruption, and
+writes ``results/full/`` and ``report.html`` from all kinds, which must be there. ``--kinds`` trains
+these only and writes nothing; ``--norun`` only analyses. Three hours of two cores.
+"""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from experiments.isoflop import analysis, figures, page, study
+from lm import command, fit
+from lm.command import BadInput, one_of, write_atomically
+from lm.config_file import load
+from lm.report.study import plain
+from lm.scaling import RunTable, read_runs
+from lm.sweep.grid import ladder as shapes_of
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+KEPT = (  # of the kinds beside the main one; the main one's table is kept whole
+    "kind run_id status budget seed params non_embedding_params tokens flops loss d_model n_layers"
+    " n_heads n_kv_heads d_ff head_width vocab_size tied seq_len batch_tokens learning_rate"
+    " warmup_tokens epochs wall_seconds step_seconds"
+).split()
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("workdir", None, "folder of the sweeps", flag_values=FLAGS)
+flags.DEFINE_list("kinds", [], "train these only (all)", flag_values=FLAGS)
+flags.DEFINE_bool("run", True, "train what is missing", flag_values=FLAGS)
+flags.DEFINE_integer("workers", 2, "runs at once", 1, flag_values=FLAGS)
+flags.DEFINE_string("data_dir", "data", "where lm.data put the corpora", flag_values=FLAGS)
+flags.DEFINE_integer("bootstrap", 4000, "draws behind the intervals", 1, flag_values=FLAGS)
+
+
+def train(kind: str, workdir: Path) -> None:
+    """Every run of a kind that is missing, by ``lm.data``'s and ``lm.sweep``'s own resuming."""
+    config = [f"--config=experiments/isoflop/study.py:{kind}"]
+    config.append(f"--config.data.data_dir={Path(FLAGS.data_dir).resolve()}")
+    if kind == "python_source":
+        config.append(f"--config.data.files={write_python_source(workdir)}")
+    if kind == "smaller":
+        widths = ",".join(map(str, smaller_widths(read_runs(workdir / "main"))))
+        config.append(f"--config.sweep.widths=({widths})")
+    sweep = [f"--workdir={workdir / kind}", "--backend=processes", f"--workers={FLAGS.workers}"]
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    for arguments in (["lm.data", *config], ["lm.sweep", *config, *sweep]):
+        subprocess.run([sys.executable, "-m", *arguments], check=True, cwd=ROOT, env=environment)
+
+
+def write_python_source(workdir: Path) -> Path:
+    """Python's own library, one document a file, in ``workdir``/python_source.jsonl."""
+    path, library = workdir / "python_source.jsonl", Path(sysconfig.get_paths()["stdlib"])
+    if not path.exists():
+        sources = [p for p in library.rglob("*.py") if "site-packages" not in p.parts]
+        texts = (p.read_text(encoding="utf-8", errors="ignore") for p in sorted(sources))
+        write_atomically(path, "".join(json.dumps({"text": text}) + "\n" for text in texts if text))
+    return path
+
+
+def smaller_widths(main: RunTable) -> list[int]:
+    """The widths nearest the main study's optimum, half and a quarter of it."""
+    rungs = shapes_of(load(f"{HERE / 'study.py'}:main"))
+    optimum = float(fit.fit_isoflop(main, bootstrap=0).optimal_params(study.SMALLER_BASE))
+    sizes = np.log([rung.params for rung in rungs])
+    nearest = [int(np.argmin(abs(sizes - np.log(optimum / k)))) for k in (1, 2, 4)]
+    return sorted(rungs[i].model.d_model for i in nearest)
+
+
+def read_kinds(workdir: Path) -> dict[str, RunTable]:
+    """The finished runs by kind."""
+    missing = [kind for kind in study.KINDS if not (workdir / kind / "runs.csv").exists()]
+    if missing:
+        raise BadInput(f"{workdir}: no runs of {', '.join(missing)}; run without --norun first")
+    return {kind: read_runs(workdir / kind) for kind in study.KINDS}
+
+
+def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> dict:
+    """All that the figures and the page show beyond ``main``'s own law.json."""
+    draws = FLAGS.bootstrap
+    named = {
+        "English, bytes": analysis.at_budgets(tables["main"], study.BUDGETS),
+        "Python source, bytes": tables["python_source"],
+        "English, BPE of 512": tables["bpe512"],
+    }
+    elsewhere = [
+        {"name": name} | analysis.exponent(table, analysis.AS_COUNTED, draws)
+        for name, table in named.items()
+    ]
+    once = fit.fit(analysis.without_repeats(tables["main"]), main.curves, bootstrap=draws)
+    smaller = analysis.over_training(
+        tables["smaller"], main.fits["parametric"], study.SMALLER_BASE, min(draws, 1000)
+    )
+    return plain(
+        {
+            "schema": 1,
+            "python_source": {
+                "python": platform.python_version(),
+                "bytes": (workdir / "python_source.jsonl").stat().st_size,
+            },
+            "seed_scatter": analysis.seed_scatter(tables["main"]),
+            "rms_log_residual": main.fits["parametric"].goodness["rms_log_residual"],
+            "repeated": analysis.repeated(tables["main"]),
+            "without_repeats": {
+                name: {"a": f.a, "interval95": f.a_interval95} for name, f in once.fits.items()
+            },
+            "held_out": analysis.held_out(main, draws),
+            "ladder": analysis.ladder(tables, study.BUDGETS, draws),
+            "elsewhere": elsewhere,
+            "over_training": smaller,
+            "cost": cost(workdir),
+        }
+    )
+
+
+def cost(workdir: Path) -> dict[str, dict]:
+    """Of each kind's sweep: hours of its calls, runs, FLOPs, and the useful share of the time."""
+    found = {}
+    for kind in study.KINDS:
+        calls = (workdir / kind / "calls.jsonl").read_text().splitlines()
+        hours = sum(json.loads(call)["wall_seconds"] for call in calls) / 3600
+        with (workdir / kind / "runs.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        seconds = [float(row["step_seconds"]) for row in rows]
+        walls = [float(row["wall_seconds"]) for row in rows]
+        found[kind] = {
+            "runs": len(rows),
+            "diverged": [row["run_id"] for row in rows if row["status"] == "diverged"],
+            "flops": sum(float(row["flops"]) for row in rows),
+            "hours": hours,
+            "goodput": sum(seconds) / sum(walls),
+            "cores_busy_with_steps": sum(seconds) / (3600 * hours * FLAGS.workers),
+        }
+    return found
+
+
+def write(tables: dict[str, RunTable], workdir: Path, results: Path) -> None:
+    """Tables, law.json, summary.json, the figures and the page."""
+    runs, curves = fit.read([workdir / "main"])
+    main = fit.fit(runs, curves, bootstrap=FLAGS.bootstrap)
+    summary = summarise(tables, main, workdir)
+    drawn = {
+        "exponents": figures.exponents(main, summary["elsewhere"]),
+        "ladder": figures.ladder(summary["ladder"]),
+        "held_out": figures.held_out(main, summary["held_out"]),
+        "over_training": figures.over_training(
+            summary["over_training"], tables["smaller"], study.SMALLER_BASE
+        ),
+    }
+    for name in ("runs.csv", "curves.csv"):
+        write_atomically(results / name, (workdir / "main" / name).read_text())
+    write_atomically(results / "other_runs.csv", other_runs(workdir))
+    write_atomically(results / "summary.json", json.dumps(summary, indent=1) + "\n")
+    fit.write(main, results, more=page.sections(summary, drawn))
+    for name, text in drawn.items():
+        write_atomically(results / "figures" / f"{name}.svg", text)
+
+
+def other_runs(workdir: Path) -> str:
+    """The runs of all kinds but the main one in one table."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, KEPT, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for kind in study.KINDS[1:]:
+        with (workdir / kind / "runs.csv").open(newline="") as file:
+            writer.writerows(row | {"kind": kind} for row in csv.DictReader(file))
+    return text.getvalue()
+
+
+def main() -> None:
+    if not FLAGS.workdir:
+        raise BadInput("--workdir is missing; as --workdir=runs/isoflop")
+    for kind in FLAGS.kinds:
+        one_of("--kinds", kind, study.KINDS)
+    workdir = Path(FLAGS.workdir).resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    if FLAGS.run:
+        for kind in FLAGS.kinds or study.KINDS:
+            train(kind, workdir)
+    if not FLAGS.kinds:
+        write(read_kinds(workdir), workdir, HERE / "results" / "full")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, FLAGS, __doc__))
