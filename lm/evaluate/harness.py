@@ -113,6 +113,8 @@ class HarnessModel(LM):
         settings = {"temperature": 0.0} | {k: given.pop(k) for k in SAMPLING if k in given}
         if given:
             raise BadInput(f"generation_kwargs: {', '.join(given)} are not known here")
+        if samples and not settings["temperature"]:  # as transformers refuses it
+            raise BadInput("generation_kwargs: do_sample without a temperature above 0")
         if samples is False:
             settings["temperature"] = 0.0
         until = (until,) if isinstance(until, str) else tuple(until)

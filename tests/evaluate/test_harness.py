@@ -157,3 +157,6 @@ def test_how_a_task_asks_for_text(workdir):
     assert write(do_sample=True, temperature=5.0) != greedy
     with pytest.raises(BadInput, match="num_beams are not known"):
         write(num_beams=3)
+    for settings in ({}, {"temperature": 0.0}):
+        with pytest.raises(BadInput, match="do_sample without a temperature"):
+            write(do_sample=True, **settings)
