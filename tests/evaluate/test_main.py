@@ -44,7 +44,9 @@ def test_the_loss_is_the_one_that_training_told(capsys, config, tmp_path):
 def test_corpora_and_tasks_as_tables(capsys, workdir, text_data, tmp_path):
     corpus = f"--corpus=text:{text_data.files}"
     _, other = run(capsys, workdir, corpus, "--documents=3", "--json")
-    assert json.loads(other.out)["documents"] == 3
+    other = json.loads(other.out)
+    assert other["documents"] == 3
+    assert other.keys() >= {"loss", "perplexity", "bits_per_byte", "tokens", "standard_error"}
     task = tmp_path / "sky.jsonl"
     task.write_text(
         '{"prompt": "Sky?", "choices": ["blue", "red"], "answer": 0}\n'
