@@ -9,6 +9,7 @@ and leaves out variants that are not complete.
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import sys
@@ -140,15 +141,17 @@ def compare(rows: list[dict]) -> tuple[list[Difference], float]:
 
     Seeds are blocks: the runs of one seed read the same batches. loss = variant + seed + residual,
     and the residual's standard deviation is pooled over variants, (V - 1)(S - 1) degrees of
-    freedom. Raises ``BadInput`` where a run of the comparison diverged.
+    freedom. A variant of which a run of the comparison diverged is left out; raises ``BadInput``
+    where that leaves nothing to compare with the first.
     """
     rows = [row for row in rows if row["use"] == "comparison"]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     of = {(row["variant"], row["seed"]): row for row in rows}
     loss_VS = np.array([[of[v, s]["loss"] for s in SEEDS] for v in variants])
-    if np.isnan(loss_VS).any():
-        names = [v for v, losses in zip(variants, loss_VS, strict=True) if np.isnan(losses).any()]
-        raise BadInput(f"runs of {', '.join(names)} diverged: no difference can be given")
+    kept = np.isfinite(loss_VS).all(1)
+    if not kept[0] or kept.sum() < 2:
+        raise BadInput(f"runs of {variants[0]} or of all others diverged: nothing to compare")
+    variants, loss_VS = list(itertools.compress(variants, kept)), loss_VS[kept]
     residual_VS = loss_VS - loss_VS.mean(1, keepdims=True) - loss_VS.mean(0) + loss_VS.mean()
     freedom = (len(variants) - 1) * (len(SEEDS) - 1)
     scatter = np.sqrt(np.sum(residual_VS**2) / freedom)

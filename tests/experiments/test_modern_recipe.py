@@ -99,6 +99,12 @@ def test_from_table_to_figure(tmp_path):
     assert len(lines) == 5 and "| **+0.1100 (" in lines[3] and "**" not in lines[4]
     run.draw(found, tmp_path / "differences.png")
     assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
-    diverged = rows_of([[1.5, 1.6, 1.4], [1.6, np.nan, 1.5]])
-    with pytest.raises(run.BadInput, match="runs of 2017 diverged"):
-        run.compare(diverged)
+
+
+def test_what_diverged_is_left_out():
+    losses = [[1.5, 1.6, 1.4], [1.6, np.nan, 1.5], [1.5, 1.61, 1.39]]
+    found, _ = run.compare(rows_of(losses))
+    alone, _ = run.compare([row for row in rows_of(losses) if row["variant"] != "2017"])
+    assert found == alone and [d.variant for d in found] == ["modern", "post-LayerNorm"]
+    with pytest.raises(run.BadInput, match="runs of modern or of all others diverged"):
+        run.compare(rows_of(losses[:2]))
