@@ -86,6 +86,7 @@ class Difference(NamedTuple):
     difference: float
     low: float  # of the 95 % interval
     high: float
+    pooled: bool  # whether its interval is from the scatter of all
     each: list[float]  # by seed
 
 
@@ -141,7 +142,8 @@ def compare(rows: list[dict]) -> tuple[list[Difference], float]:
 
     Seeds are blocks: the runs of one seed read the same batches. loss = variant + seed + residual,
     and the residual's standard deviation is pooled over variants, (V - 1)(S - 1) degrees of
-    freedom. A variant of which a run of the comparison diverged is left out; raises ``BadInput``
+    freedom. One that scatters more than the rest has an interval by its own paired differences
+    instead. A variant of which a run of the comparison diverged is left out; raises ``BadInput``
     where that leaves nothing to compare with the first.
     """
     rows = [row for row in rows if row["use"] == "comparison"]
@@ -152,17 +154,43 @@ def compare(rows: list[dict]) -> tuple[list[Difference], float]:
     if not kept[0] or kept.sum() < 2:
         raise BadInput(f"runs of {variants[0]} or of all others diverged: nothing to compare")
     variants, loss_VS = list(itertools.compress(variants, kept)), loss_VS[kept]
-    residual_VS = loss_VS - loss_VS.mean(1, keepdims=True) - loss_VS.mean(0) + loss_VS.mean()
-    freedom = (len(variants) - 1) * (len(SEEDS) - 1)
+    difference_VS = loss_VS - loss_VS[0]
+    alike_V = np.array([True, *scatter_alike(difference_VS[1:])])
+    alike_VS, n_seeds = loss_VS[alike_V], len(SEEDS)
+    residual_VS = alike_VS - alike_VS.mean(1, keepdims=True) - alike_VS.mean(0) + alike_VS.mean()
+    freedom = (len(alike_VS) - 1) * (n_seeds - 1)
     scatter = np.sqrt(np.sum(residual_VS**2) / freedom)
-    half = stats.t.ppf(0.975, freedom) * scatter * np.sqrt(2 / len(SEEDS))
-    found = []
-    for variant, losses in zip(variants, loss_VS, strict=True):
-        each = losses - loss_VS[0]
-        mean, rate = each.mean(), of[variant, SEEDS[0]]["rate_at_width_32"]
-        interval = (mean - half, mean + half) if variant != variants[0] else (mean, mean)
-        found.append(Difference(variant, rate, losses.mean(), mean, *interval, each.tolist()))
-    return found, float(scatter)
+    pooled = stats.t.ppf(0.975, freedom) * scatter * np.sqrt(2 / n_seeds)
+    own_V = stats.t.ppf(0.975, n_seeds - 1) * difference_VS.std(1, ddof=1) / np.sqrt(n_seeds)
+    half_V = np.where(alike_V, pooled, own_V)
+    half_V[0] = 0
+    return [
+        Difference(
+            variants[v],
+            of[variants[v], SEEDS[0]]["rate_at_width_32"],
+            loss_VS[v].mean(),
+            each.mean(),
+            each.mean() - half_V[v],
+            each.mean() + half_V[v],
+            bool(alike_V[v]),
+            each.tolist(),
+        )
+        for v, each in enumerate(difference_VS)
+    ], float(scatter)
+
+
+def scatter_alike(difference_VS: np.ndarray) -> np.ndarray:
+    """Which variants vary alike over seeds: while the largest variance is too large a share of all
+    (Cochran 1941, C test at 1 %), its variant is set aside."""
+    variance_V, freedom = difference_VS.var(1, ddof=1), difference_VS.shape[1] - 1
+    alike_V = np.full(len(variance_V), True)
+    while (n := alike_V.sum()) > 1:
+        largest = np.argmax(np.where(alike_V, variance_V, -1))
+        f = stats.f.ppf(1 - 0.01 / n, freedom, (n - 1) * freedom)
+        if variance_V[largest] <= variance_V[alike_V].sum() / (1 + (n - 1) / f):
+            break
+        alike_V[largest] = False
+    return alike_V
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -180,6 +208,7 @@ def table(differences: list[Difference]) -> str:
         told = f"{d.difference:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
         if d.low > 0 or d.high < 0:
             told = f"**{told}**"
+        told += "" if d.pooled else ", by its own seeds"
         cells = [d.variant, f"{d.rate:g}", f"{d.loss:.4f}", told]
         cells.append(", ".join(f"{x:+.3f}" for x in d.each))
         lines.append(f"| {' | '.join(cells if d.each != [0] * len(d.each) else cells[:3])} |")

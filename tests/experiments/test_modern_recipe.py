@@ -93,6 +93,24 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert np.mean(held) == pytest.approx(0.95, abs=0.02)
 
 
+def test_one_that_scatters_more_has_an_interval_of_its_own():
+    rng = np.random.default_rng(0)
+    loss_VS = 1.5 + rng.normal(0, 0.005, (12, 3))
+    assert all(d.pooled for d in run.compare(rows_of(loss_VS))[0])
+    unsteady = np.array([0.3, 0.4, 0.2])
+    found, scatter = run.compare(rows_of([*loss_VS, loss_VS[0] + unsteady]))
+    others, of_others = run.compare(rows_of(loss_VS))
+    assert found[:-1] == others and scatter == of_others and not found[-1].pooled
+    expected = stats.ttest_1samp(unsteady, 0).confidence_interval(0.95)
+    assert (found[-1].low, found[-1].high) == pytest.approx((expected.low, expected.high))
+    # Cochran's table: k = 10 variances of 2 degrees of freedom, 1 %.
+    shares = np.array([1, *[(1 / 0.5358 - 1) / 9] * 9])
+    for factor, alike in ((1.001, False), (0.999, True)):
+        variances = shares * np.array([factor, *[1] * 9])
+        differences = np.sqrt(variances)[:, None] * np.array([-1, 0, 1])
+        assert run.scatter_alike(differences)[0] == alike
+
+
 def test_from_table_to_figure(tmp_path):
     found, _ = run.compare(rows_of([[1.5, 1.6, 1.4], [1.6, 1.71, 1.52], [1.5, 1.61, 1.39]]))
     lines = run.table(found).splitlines()
