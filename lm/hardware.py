@@ -38,6 +38,9 @@ CHIPS = {
 # Dense bfloat16 FLOP/s of one chip; of GPUs from NVIDIA's data sheets.
 PEAK_FLOPS = {name: chip.peak_flops for name, chip in CHIPS.items()}
 PEAK_FLOPS |= {"a100": 312e12, "h100": 989e12}
+# Bytes that a program is granted; of GPUs with 80 GB the three quarters that jax takes by itself.
+HBM_BYTES = {name: chip.hbm_bytes for name, chip in CHIPS.items()}
+HBM_BYTES |= {"a100": 60e9, "h100": 60e9}
 # What jax calls a device whose chip is known.
 DEVICE_KINDS = {
     **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},

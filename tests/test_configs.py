@@ -10,9 +10,11 @@ import pytest
 from lm import arithmetic
 from lm.checkpoint import claim
 from lm.command import BadInput
-from lm.config import Config, replace
+from lm.config import Config, differences, replace, to_dict
 from lm.config_file import load
 from lm.data.tokenizers import train_bpe
+from lm.estimate.study import training
+from lm.hardware import PEAK_FLOPS, topology
 from lm.sweep import grid
 from lm.train.recipe import resolve
 
@@ -22,6 +24,7 @@ PUBLISHED = Path(os.environ.get("LM_PUBLISHED_RUNS", ROOT.parent / "shared" / "d
 ARGUMENTS = {  # the documented arguments; without an entry, none
     "chinchilla": ["", "44m", "16183m"],
     "isoflop_cpu": ["quick", "full", "smoke"],
+    "isoflop_tpu": ["", "1e20"],
     "llama3": ["8b", "70b", "405b"],
     "mixtral": ["tiny", "8x7b", "8x22b"],
     "switch": ["base", "large", "xxl", "c"],
@@ -172,13 +175,53 @@ def test_chinchilla_has_every_shape_of_table_a9():
     assert list(load("configs/isoflop_tpu.py").sweep.shapes) == [row[1:] for row in published]
 
 
-def test_isoflop_tpu_spans_1e18_to_1e20_and_starts_within_its_shapes():
-    config = load("configs/isoflop_tpu.py")
-    sweep = config.sweep
-    assert (sweep.budgets[0], sweep.budgets[-1]) == (1e18, 1e20)
-    assert config.sweep.sizes * sum(sweep.budgets) == pytest.approx(1.89e21)
+def test_isoflop_tpu_spans_1e18_to_1e21_and_starts_within_its_shapes():
+    sweep, shorter = load("configs/isoflop_tpu.py").sweep, load("configs/isoflop_tpu.py:1e20").sweep
+    assert (sweep.budgets[0], sweep.budgets[-1]) == (1e18, 1e21)
+    assert shorter.budgets == sweep.budgets[:7] and shorter.budgets[-1] == 1e20
     sizes = [
         arithmetic.parameters(load(f"configs/chinchilla.py:{name}").model).blocks_and_head
         for name in ("44m", "16183m")
     ]
     assert sizes[0] < sweep.first_optimum < sizes[1]
+
+
+def test_isoflop_gpu_differs_from_its_namesake_on_tpus_in_what_the_machine_asks_for_alone():
+    gpu, tpu = load("configs/isoflop_gpu.py"), load("configs/isoflop_tpu.py:1e20")
+    told = {text.partition(":")[0] for text in differences(to_dict(tpu), to_dict(gpu), "")}
+    assert told == {".name", ".model.remat", ".train.accumulation", ".mesh.zero"}
+
+
+@pytest.mark.parametrize(
+    "spec, chip, chips, slices",
+    [
+        ("configs/isoflop_tpu.py", "v5p", 256, "v5p:4x8x8"),
+        ("configs/isoflop_tpu.py:1e20", "v5e", 8, "v5e:2x4"),
+        ("configs/isoflop_gpu.py", "h100", 8, None),
+    ],
+)
+def test_a_study_costs_what_its_docstring_states(spec, chip, chips, slices):
+    path = spec.partition(":")[0]
+    text = " ".join(runpy.run_path(path)["__doc__"].split())
+    config = load(spec)
+    cost = training(config, chip, chips, mfu=0.4)
+    budgets, hours = cost["budgets"], float(f"{cost['chip_hours']:.3g}")
+    expected = [f"{cost['runs']} runs", plain(cost["flops"], 2), plain(PEAK_FLOPS[chip], 2)]
+    expected += [f"{cost['days']:.2g} days", f"{hours:,.0f} chip-hours", "at 40 % of"]
+    expected += [plain(budgets[end]["params"][end], 2) for end in (0, -1)]
+    if slices:
+        by_roofline = training(config, chip, chips, topology(slices))
+        assert all(budget["fits"] for budget in by_roofline["budgets"])
+        expected += [f"{by_roofline['days']:.2g} days", plain(budgets[-1]["tokens"][1], 1)]
+        if spec == path:
+            for budget in (by_roofline["budgets"][0], by_roofline["budgets"][-1]):
+                mfu = budget["flops"] / (budget["seconds"] * chips * PEAK_FLOPS[chip])
+                expected.append(f"{100 * mfu:.0f} %")
+    else:
+        expected.append(f"{budgets[-1]['bytes_per_chip'] / 1e9:.0f} GB")
+    assert [part for part in expected if part not in text] == []
+
+
+def plain(x, digits):
+    """As 1.9e21 or 4e7."""
+    return f"{x:.{digits}e}".replace("e+", "e").replace("e0", "e")

@@ -3,24 +3,28 @@
     python -m lm.estimate --config=configs/llama3.py:8b
     python -m lm.estimate --config=configs/llama3.py:8b --topology=v5e:16x16
     python -m lm.estimate --config=configs/llama3.py:8b --topology=v5p:4x4x4 --search --json
+    python -m lm.estimate --config=configs/isoflop_gpu.py --chip=h100 --chips=8 --mfu=0.4
 
 With --topology the real train step is compiled for those chips (no TPU is needed, but libtpu is:
 the `tpu` extra), which takes minutes. Where it does not fit, the nearest config that does is looked
-for and compiled too. --nocompile gives the arithmetic's word alone, at once. A study's largest run
-is estimated.
+for and compiled too. --nocompile gives the arithmetic's word alone, at once. Other chips, as GPUs,
+are given by --chip and --chips: what they must hold and how long they take at an --mfu.
+
+Of a study the largest run is estimated, and what all its runs cost together.
 """
 
 import json
+import math
 import sys
 
 from absl import flags
 
 from lm import arithmetic, command
-from lm.command import BadInput
-from lm.config import MESH_AXES, Config, replace
+from lm.command import BadInput, one_of
+from lm.config import MESH_AXES, Config
 from lm.config_file import config_from_flags, define_config_flag
 from lm.estimate.compiled import Compiled, CompileError, compile_step
-from lm.hardware import Topology, topology
+from lm.hardware import HBM_BYTES, PEAK_FLOPS, Topology, topology
 
 FLAGS = flags.FlagValues()
 define_config_flag(FLAGS)
@@ -28,7 +32,15 @@ flags.DEFINE_string("topology", None, "as v5e:16x16, v5p:8x8x8, 2*v6e:16x16", fl
 flags.DEFINE_bool("search", False, "the fastest mesh and largest batch", flag_values=FLAGS)
 flags.DEFINE_bool("compile", True, "compile for --topology, or only calculate", flag_values=FLAGS)
 flags.DEFINE_bool("json", False, "print JSON", flag_values=FLAGS)
+flags.DEFINE_string("chip", None, f"without --topology: {', '.join(PEAK_FLOPS)}", flag_values=FLAGS)
+flags.DEFINE_float(
+    "mfu", None, "share of the peak; the roofline's, or without one 0.4", flag_values=FLAGS
+)
+flags.DEFINE_float(
+    "price_per_chip_hour", None, "dollars; from you, never guessed", flag_values=FLAGS
+)
 for name, default, meaning in (
+    ("chips", None, "how many of --chip"),
     ("sequences", None, "rows of the batch; the config's on --topology, else one a device group"),
     ("attempts", 4, "configs that are compiled at most when one that fits is looked for"),
     ("cache_batch", 1, "sequences of the KV cache"),
@@ -40,15 +52,21 @@ for name, default, meaning in (
 
 
 def main() -> int:
-    config = largest_run(config_from_flags(FLAGS))
+    from lm.estimate.study import largest_run, training
+
+    study = config_from_flags(FLAGS)
     on = topology(FLAGS.topology) if FLAGS.topology else None
+    chip, chips = _chips(on)
     if FLAGS.search and on is None:
         raise BadInput("--search needs --topology, as --topology=v5e:16x16")
     try:
-        result = estimate(config, on)
+        result = estimate(largest_run(study), on, chip, chips)
     except CompileError as error:
         print(f"error: {error}", file=sys.stderr)
         return command.FAILED
+    if not (FLAGS.search or FLAGS.sequences):  # whose batch is one run's
+        price = FLAGS.price_per_chip_hour
+        result["training"] = training(study, chip, chips, on, mfu=FLAGS.mfu, price=price)
     if FLAGS.json:
         print(json.dumps(result, indent=2))
     else:
@@ -58,30 +76,41 @@ def main() -> int:
     return command.DONE
 
 
-def largest_run(config: Config) -> Config:
-    """A study's run with the most parameters: its top budget's, by its prior; else itself."""
-    sweep = config.sweep
-    if not sweep.budgets:
-        return config
-    from lm.sweep import grid
+def _chips(on: Topology | None) -> tuple[str | None, int]:
+    """The name of the chips and how many there are; (None, 0) where no flag says."""
+    if FLAGS.mfu is not None and not 0 < FLAGS.mfu <= 1:
+        raise BadInput(f"--mfu={FLAGS.mfu:g}: is a share of the peak, above 0 and at most 1")
+    price = FLAGS.price_per_chip_hour
+    if price is not None and not 0 < price < math.inf:
+        raise BadInput(f"--price_per_chip_hour={price:g}: must be above 0 and finite")
+    given = [FLAGS.chip, FLAGS.chips]
+    if on is not None:
+        if given != [None, None]:
+            raise BadInput("--topology says which chips and how many: give no --chip or --chips")
+        return on.chip_name, on.n_chips
+    if None in given:
+        if given != [None, None] or FLAGS.mfu or price:
+            raise BadInput("give --chip with --chips, as --chip=h100 --chips=8, or --topology")
+        return None, 0
+    one_of("--chip", FLAGS.chip, list(PEAK_FLOPS))
+    return FLAGS.chip, FLAGS.chips
 
-    growth = (sweep.budgets[-1] / sweep.budgets[0]) ** sweep.prior_exponent
-    top = {"budgets": sweep.budgets[-1:], "first_optimum": sweep.first_optimum * growth}
-    runs = [run.config for run in grid.plan(replace(config, sweep=top), {})[0].runs]
-    return max(runs, key=lambda run: arithmetic.parameters(run.model).total)
 
-
-def estimate(config: Config, on: Topology | None) -> dict:
-    """What `--json` prints. Raises ``BadInput``."""
+def estimate(config: Config, on: Topology | None, chip: str | None, chips: int) -> dict:
+    """What `--json` prints, but for "training". Raises ``BadInput``."""
     from lm.estimate import search
     from lm.estimate.roofline import ASSUMPTIONS
 
     result = _counts(config)
-    if on is None:
+    if chip is None:
         # The fewest devices that the mesh allows, and a row for each.
         sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in MESH_AXES}
         rows = sizes["replica"] * sizes["data"] * config.train.accumulation
         return result | _on_mesh(config, sizes, FLAGS.sequences or rows)
+    result |= {"chips": chips, "hbm_bytes_per_chip": HBM_BYTES[chip]}
+    if on is None:
+        found = _on_mesh(config, *_placed(config, chips))
+        return result | {"chip": chip} | found | _verdict(None, found["memory"]["total"], chip)
 
     compile = None
     if FLAGS.compile:
@@ -90,26 +119,22 @@ def estimate(config: Config, on: Topology | None) -> dict:
             print(f"compiling for {on.name} ...", file=sys.stderr, flush=True)
             return compile_step(config, on, sequences)
 
-    result |= {"topology": on.name, "chips": on.n_chips, "hbm_bytes_per_chip": on.chip.hbm_bytes}
-    result |= {"assumptions": ASSUMPTIONS}
+    result |= {"topology": on.name, "assumptions": ASSUMPTIONS}
     if FLAGS.search:
         found = search.best(config, on, compile, FLAGS.attempts)
         return result | {"search": found and _candidate(*found, on)}
     return result | _as_it_is(config, on, compile)
 
 
-def _as_it_is(config: Config, on: Topology, compile) -> dict:
-    """What the config costs on the topology; where it does not fit, the nearest that does too."""
+def _placed(config: Config, chips: int) -> tuple[dict[str, int], int]:
+    """The mesh axes' sizes and the rows of a batch. What the step refuses is refused here too."""
     from jax.sharding import AbstractMesh, AxisType
 
-    from lm.estimate import search
-    from lm.estimate.memory import fuses_attention
-    from lm.estimate.roofline import roofline
     from lm.sharding import axis_sizes
     from lm.train.recipe import resolve
     from lm.train.step import Program
 
-    sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, on.n_chips), strict=True))
+    sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, chips), strict=True))
     shards = sizes["replica"] * sizes["data"]
     rows = FLAGS.sequences or resolve(config, shards).sequences
     if rows % (shards * config.train.accumulation):
@@ -117,14 +142,23 @@ def _as_it_is(config: Config, on: Topology, compile) -> dict:
             f"--sequences={rows}: must be a multiple of the mesh's replica x data, {shards},"
             f" times train.accumulation = {config.train.accumulation}"
         )
-    # What the step itself refuses is refused here too, compiled or not.
     types = (AxisType.Auto,) * len(sizes)
     Program(config, AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=types))
+    return sizes, rows
+
+
+def _as_it_is(config: Config, on: Topology, compile) -> dict:
+    """What the config costs on the topology; where it does not fit, the nearest that does too."""
+    from lm.estimate import search
+    from lm.estimate.memory import fuses_attention
+    from lm.estimate.roofline import roofline
+
+    sizes, rows = _placed(config, on.n_chips)
     result = _on_mesh(config, sizes, rows)
     estimated = result["memory"]["total"]
     compiled = compile(config, rows) if compile else None
     time = roofline(config, on, sizes, rows, fuses_attention(config, sizes))
-    result |= _verdict(compiled, estimated, on) | {"roofline": time and _time(time)}
+    result |= _verdict(compiled, estimated, on.chip_name) | {"roofline": time and _time(time)}
     if not result["fits"]:
         ratio = compiled.peak_bytes / estimated if compiled else 1.0
         found = search.nearest(config, on, rows, compile, ratio, FLAGS.attempts)
@@ -163,12 +197,12 @@ def _counts(config: Config) -> dict:
     }
 
 
-def _verdict(compiled, estimated: float, on: Topology) -> dict:
+def _verdict(compiled, estimated: float, chip: str) -> dict:
     if compiled is None:
         return {
             "compiled": False,
             "peak_bytes_per_chip": int(estimated),
-            "fits": estimated <= on.chip.hbm_bytes,
+            "fits": estimated <= HBM_BYTES[chip],
         }
     return {
         "compiled": True,
@@ -191,7 +225,7 @@ def _candidate(candidate, compiled, on: Topology) -> dict:
     config, sequences = candidate.config, candidate.sequences
     sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, on.n_chips), strict=True))
     told = {"changes": candidate.changes} | _on_mesh(config, sizes, sequences)
-    told |= _verdict(compiled, candidate.bytes, on)
+    told |= _verdict(compiled, candidate.bytes, on.chip_name)
     return told | {"roofline": _time(candidate.roofline)}
 
 

@@ -4,24 +4,26 @@ from rich.console import Console
 from rich.table import Table
 
 from lm.hardware import GIB
+from lm.report.notation import count
 
 
 def print_estimate(result: dict) -> None:
     """The dict of `lm.estimate --json` as tables."""
     console = Console(highlight=False)
     _print_table(console, f"{result['config']}", _counts(result))
-    if "topology" not in result:
-        _print_memory(console, result)
-        return
     if "search" in result:
         _print_candidate(console, "best", result["search"], result)
     else:
         _print_memory(console, result)
-        _print_verdict(console, result, result)
-        if not result["fits"]:
-            _print_candidate(console, "the nearest that does", result["nearest"], result)
-    console.print("[dim]The times assume:[/]")
-    for assumption in result["assumptions"]:
+        if "fits" in result:
+            _print_verdict(console, result, result)
+            if "nearest" in result:
+                _print_candidate(console, "the nearest that does", result["nearest"], result)
+    if "training" in result:
+        _print_training(console, result["training"])
+    if "assumptions" in result:
+        console.print("[dim]The times assume:[/]")
+    for assumption in result.get("assumptions", ()):
         console.print(f"[dim]  {assumption}[/]", soft_wrap=True)
 
 
@@ -67,7 +69,10 @@ def _print_verdict(console: Console, found: dict, result: dict) -> None:
     peak, limit = found["peak_bytes_per_chip"] / GIB, result["hbm_bytes_per_chip"] / GIB
     how = f"compiled, {found['compile_seconds']:.0f} s" if found["compiled"] else "by arithmetic"
     verdict = "[green]fits[/]" if found["fits"] else "[red]does not fit[/]"
-    console.print(f"{result['topology']}: {verdict}: {peak:.1f} GiB of {limit:.2f} ({how})")
+    where = result.get("topology") or f"{result['chips']} x {result['chip']}"
+    console.print(f"{where}: {verdict}: {peak:.1f} GiB of {limit:.2f} ({how})")
+    if "topology" not in result:
+        return
     time = found["roofline"]
     if time is None:
         console.print("[yellow]no roofline: this mesh does not lie on the torus[/]")
@@ -97,6 +102,34 @@ def _print_verdict(console: Console, found: dict, result: dict) -> None:
         ]  # fmt: skip
         headings = ("", "mesh axes", "times", "arrays", "sent by a chip")
         _print_table(console, "collectives of a step", rows, headings)
+
+
+def _print_training(console: Console, training: dict) -> None:
+    """What the run costs to its end; of a study its budgets, and what all cost together."""
+    days, text = training.get("days"), f"training: {training['flops']:.4g} FLOPs"
+    if training["runs"] > 1:
+        text += f" in {training['runs']:,} runs"
+        headings, rows = ("FLOPs", "runs", "parameters", "tokens"), []
+        headings += ("largest a chip",) * ("chip" in training) + ("days",) * bool(days)
+        for b in training["budgets"]:
+            row = f"{b['budget']:.4g}", str(b["runs"]), _range(b["params"]), _range(b["tokens"])
+            if "chip" in training:
+                size = _gib(b["bytes_per_chip"])
+                row += (size if b["fits"] else f"[red]{size}[/]",)
+            rows.append(row + ((f"{b['seconds'] / 86_400:,.3g}",) if days else ()))
+        title = "the study by arithmetic, its optima where its prior expects them"
+        _print_table(console, title, rows, headings)
+    if days:
+        text += f": {days:,.3g} days on {training['chips']:,} {training['chip']}"
+        text += f" at {100 * training['mfu']:.1f} % MFU ({training['mfu_from']})"
+        text += f", {training['chip_hours']:,.0f} chip-hours"
+    if training.get("dollars"):
+        text += f", {training['dollars']:,.0f} dollars"
+    console.print(text, soft_wrap=True)
+
+
+def _range(pair: list[float]) -> str:
+    return " to ".join(dict.fromkeys(map(count, pair)))
 
 
 def _print_candidate(console: Console, what: str, found: dict | None, result: dict) -> None:

@@ -132,11 +132,11 @@ class Program:
         schedule = Schedule(*(np.float32(x) for x in schedule))
         return self._run_train(state, batches, np.int32(n_steps), schedule)
 
-    def lower_train(self, sequences: int) -> jax.stages.Lowered:
+    def lower_train(self, sequences: int, platform: str | None = None) -> jax.stages.Lowered:
         """``train`` on batches of ``sequences`` rows, lowered from shapes alone: nothing is made.
 
         For a mesh of devices it can be compiled, also where they are only described and not there.
-        For an abstract mesh it is lowered for TPUs, to be read.
+        For an abstract mesh it is lowered to be read, for TPUs where no ``platform`` is given.
         """
         data = self.config.data
         lay = named_sharding(self.mesh, self.layout, None, "batch", "positions")
@@ -150,12 +150,13 @@ class Program:
         )
         schedule = Schedule(*(np.float32(0) for _ in Schedule._fields))
         abstract = isinstance(self.mesh, AbstractMesh)
+        platform = platform or ("tpu" if abstract else None)
         under = jax.sharding.use_abstract_mesh if abstract else jax.set_mesh
         with under(self.mesh), placed(self.mesh, self.layout):
             traced = jax.jit(self._train, **self._train_options).trace(
                 state, Batch(tokens, tokens, *documents), np.int32(1), schedule
             )
-            return traced.lower(lowering_platforms=("tpu",) if abstract else None)
+            return traced.lower(lowering_platforms=platform and (platform,))
 
     def rows(self, n: int) -> np.ndarray:
         """Those of a batch's ``n`` rows that this process's devices hold, and so it has to read."""

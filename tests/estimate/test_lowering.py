@@ -9,10 +9,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from lm.config import MESH_AXES, Config, replace
 from lm.config_file import load
-from lm.estimate.__main__ import largest_run
 from lm.estimate.memory import device_memory, fuses_attention
-from lm.hardware import topology
-from lm.sharding import axis_sizes
+from lm.estimate.study import largest_run, planned
+from lm.hardware import HBM_BYTES, topology
+from lm.sharding import axis_sizes, make_mesh
 from lm.train.recipe import resolve
 from lm.train.step import Program
 
@@ -21,7 +21,8 @@ INTENDED = {
     "configs/base.py": None,  # one device
     "configs/tiny.py": None,
     "configs/isoflop_cpu.py:quick": None,
-    "configs/isoflop_tpu.py": "v5e:2x4",
+    "configs/isoflop_tpu.py": "v5p:4x8x8",
+    "configs/isoflop_tpu.py:1e20": "v5e:2x4",
     "configs/chinchilla.py": "v5p:4x8x8",
     "configs/chinchilla.py:44m": "v5e:2x4",
     "configs/chinchilla.py:16183m": "v5e:16x16",
@@ -39,16 +40,22 @@ INTENDED = {
 
 def test_every_config_has_an_intended_slice():
     shipped = {f"configs/{path.name}" for path in ROOT.glob("configs/[!_]*.py")}
-    shipped.remove("configs/finetune.py")  # its model is another run's
+    # One's model is another run's; the other's GPUs are no slice, and lowered for below.
+    shipped -= {"configs/finetune.py", "configs/isoflop_gpu.py"}
     assert shipped == {spec.partition(":")[0] for spec in INTENDED}
 
 
-@pytest.fixture(params=INTENDED)
+def smallest_run(config):
+    return min(planned(config, config.sweep.budgets[0]), key=lambda run: run.model.d_model)
+
+
+@pytest.fixture(params=[*INTENDED, "smallest of configs/isoflop_tpu.py"])
 def placed(request, monkeypatch):
     """A config, its slice or None, its mesh axes' sizes and rows a step."""
     monkeypatch.chdir(ROOT)
-    config = largest_run(load(request.param))
-    on = INTENDED[request.param] and topology(INTENDED[request.param])
+    smallest, _, spec = request.param.rpartition(" of ")
+    config = (smallest_run if smallest else largest_run)(load(spec))
+    on = INTENDED[spec] and topology(INTENDED[spec])
     sizes = dict(zip(MESH_AXES, axis_sizes(config.mesh, on.n_chips if on else 1), strict=True))
     return config, on, sizes, resolve(config, sizes["replica"] * sizes["data"]).sequences
 
@@ -75,6 +82,22 @@ def test_lowers_and_gives_each_device_the_bytes_that_arithmetic_expects(placed):
         whole = sum(x.size * 4 for x in jax.tree.leaves(state.params))
         shares = sizes["data"] * sizes["model"]
         assert expected.parameters == pytest.approx(whole / shares, rel=0.02)
+
+
+@pytest.mark.parametrize("run", [smallest_run, largest_run])
+def test_the_gpu_study_lowers_with_cudnns_attention_and_fits_by_arithmetic(run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("lm.model.kernels.platform", lambda: "gpu")
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91_000
+    )
+    config = run(load("configs/isoflop_gpu.py"))
+    mesh = make_mesh(config.mesh)  # of eight devices, which stand for the GPUs
+    sequences = resolve(config, mesh.shape["data"]).sequences
+    text = Program(config, mesh).lower_train(sequences, "cuda").as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+    memory = device_memory(config, dict(mesh.shape), sequences)
+    assert memory.total < HBM_BYTES["h100"]
 
 
 @pytest.mark.parametrize("zero", [0, 3])

@@ -116,9 +116,27 @@ def test_the_search_gives_a_config_that_the_same_command_accepts(capsys):
     assert again["roofline"] == best["roofline"]
 
 
-def test_a_studys_largest_run_is_estimated(capsys):
-    found = told(capsys, "--config=configs/isoflop_tpu.py", "--topology=v5e:2x4", "--nocompile")
+def test_a_studys_largest_run_is_estimated_and_the_study_costed(capsys):
+    arguments = ("--config=configs/isoflop_tpu.py:1e20", "--topology=v5e:2x4", "--nocompile")
+    found = told(capsys, *arguments)
     assert found["config"].startswith("c1e20") and found["params"] > 3e9 and found["fits"]
+    study = found["training"]
+    assert (study["runs"], study["chips"], study["mfu_from"]) == (63, 8, "roofline")
+    assert study["budgets"][-1]["bytes_per_chip"] == found["peak_bytes_per_chip"]
+    out = run(capsys, *arguments, "--mfu=0.4", "--price_per_chip_hour=0.5")[1]
+    assert "1.89e+21 FLOPs in 63 runs: 34.7 days on 8 v5e at 40.0 % MFU (given)" in out
+    assert "6,662 chip-hours, 3,331 dollars" in out
+
+
+def test_gpus_are_given_by_name_and_number(capsys):
+    arguments = ("--config=configs/isoflop_gpu.py", "--chip=h100", "--chips=8")
+    found = told(capsys, *arguments)
+    assert found["mesh"]["data"] == 8 and found["fits"] and "roofline" not in found
+    assert found["peak_bytes_per_chip"] == int(found["memory"]["total"]) < 60e9
+    out = run(capsys, *arguments)[1]
+    assert "8 x h100: fits: 44.8 GiB of 55.88" in out
+    assert "6.91 days on 8 h100 at 40.0 % MFU (assumed)" in out
+    assert "does not fit" in run(capsys, *arguments, "--config.model.remat=none")[1]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +148,12 @@ def test_a_studys_largest_run_is_estimated(capsys):
         ([LLAMA, "--topology=v5e:4x4", "--config.mesh.data=3"], "must multiply to the 16 devices"),
         ([LLAMA, "--topology=v5e:4x4", "--sequences=0"], "sequences"),
         ([LLAMA, "--topology=v5e:4x4", "--sequences=20"], "must be a multiple of"),
+        ([LLAMA, "--topology=v5e:4x4", "--chips=8"], "give no --chip or --chips"),
+        ([LLAMA, "--chips=8"], "give --chip with --chips"),
+        ([LLAMA, "--price_per_chip_hour=2"], "give --chip with --chips"),
+        ([LLAMA, "--chip=h10", "--chips=8"], "did you mean 'h100'"),
+        ([LLAMA, "--chip=h100", "--chips=8", "--mfu=1.1"], "at most 1"),
+        ([LLAMA, "--chip=h100", "--chips=8", "--price_per_chip_hour=nan"], "must be above 0"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(capsys, arguments, line):
