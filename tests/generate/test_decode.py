@@ -91,6 +91,9 @@ VARIANTS = {
     "mqa": dict(n_kv_heads=1),
     "window": dict(sliding_window=4),
     "scanned": dict(scan_layers=True, remat="full"),
+    "scanned_experts": dict(
+        scan_layers=True, sliding_window=4, moe=dict(n_experts=4, top_k=2, every=2)
+    ),
     "learned": dict(position="learned"),
     "soft_caps": dict(attention_soft_cap=1.0, logit_soft_cap=2.0, tied=True),
     "experts": dict(moe=dict(n_experts=4, top_k=2, capacity_factor=0.5)),
