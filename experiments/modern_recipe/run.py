@@ -42,16 +42,16 @@ MODERN = {
     **{"norm": "rms", "norm_position": "pre", "position": "rope", "feed_forward": "swiglu"},
 }
 POST_LAYER_NORM = {"norm": "layer", "norm_position": "post"}
-# What differs from MODERN; d_ff follows, so that N does not.
+# What differs from MODERN, 2017's parts first; d_ff follows, so that N does not.
 VARIANTS = {
     "modern": {},
     "2017": {**POST_LAYER_NORM, "position": "sinusoidal", "feed_forward": "relu"},
     "post-LayerNorm": POST_LAYER_NORM,
+    "sinusoidal": {"position": "sinusoidal"},
+    "ReLU": {"feed_forward": "relu"},
     "post-RMSNorm": {"norm_position": "post"},
     "LayerNorm": {"norm": "layer"},
-    "ReLU": {"feed_forward": "relu"},
     "GELU": {"feed_forward": "gelu"},
-    "sinusoidal": {"position": "sinusoidal"},
     "learned positions": {"position": "learned"},
     "no positions": {"position": "none"},
     "GQA, 2 KV heads": {"n_kv_heads": 2},
