@@ -15,12 +15,15 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.fault_injection import poisoned
 from lm import hosts
 from lm.checkpoint import Checkpoints, abstract_like
 from lm.command import BAD_INPUT, PREEMPTED, BadInput, InUse
 from lm.config import Config, MeshConfig, ModelConfig, replace, to_dict
+from lm.data import Dataset
 from lm.sharding import make_mesh
 from lm.train import loop
+from lm.train.events import read_events
 from lm.train.metrics import read_metrics
 from lm.train.step import Program
 
@@ -155,7 +158,7 @@ def alone(config, tmp_path_factory):
 class Processes:
     """The command on ``n`` processes of ``8 / n`` devices each."""
 
-    def __init__(self, folder, config, n, compiled, **overrides):
+    def __init__(self, folder, config, n, compiled, script=None, **overrides):
         self.folder, self.n = folder, n
         file = folder / "config.py"
         file.write_text(
@@ -172,7 +175,9 @@ class Processes:
                 "JAX_NUM_CPU_DEVICES": str(8 // n), "JAX_COMPILATION_CACHE_DIR": str(compiled),
                 "PYTHONPATH": str(ROOT),
             }  # fmt: skip
-            command = [sys.executable, str(ROOT / "tests" / "host.py"), self.noted(i)]
+            script = script or (ROOT / "tests" / "host.py",)
+            noted = () if "-m" in script else (self.noted(i),)
+            command = [sys.executable, *map(str, script), *noted]
             command += [f"--config={file}", f"--workdir={folder / 'run'}"]
             command += [f"--config.{key}={value}" for key, value in overrides.items()]
             with open(self.log(i), "w") as log:
@@ -350,6 +355,58 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     assert min(read[0]["trained"]) == 16 * saved  # nothing is done again
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))
     assert_same_run(config, run, longer_alone)
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together(launch, config, tmp_path, monkeypatch):
+    script = "-m", "experiments.fault_injection.poisoned", "batch", "12", "14", "once"
+    codes, logs = launch(2, script=script, **{"train.skips_before_rollback": 3}).wait()
+    assert codes == [0, 0], logs
+    for owner, name in ((Dataset, "batches"), (loop._Run, "_roll_back")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that it is put back
+    poisoned.poison_batches(12, 14, once=True)
+    loop.train(replace(config, train={"skips_before_rollback": 3}), tmp_path / "alone")
+    told = [
+        [(event["step"], event["event"], event.get("to")) for event in read_events(tmp_path / name)]
+        for name in ("run", "alone")
+    ]
+    skipped = [(at, "skipped", None) for at in (12, 13, 14)]
+    assert told == [[*skipped, (14, "rollback", 10)]] * 2
+    assert_same_run(config, tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_two_processes_pass_a_damaged_checkpoint_over(launch, config, alone, tmp_path):
+    launch(2).finish()
+    run = tmp_path / "run"
+    (run / "result.json").unlink()
+    with open(run / "checkpoints" / "20" / "meta" / "metadata", "a") as file:
+        file.write(" ")
+    again = launch(2)
+    assert min(again.finish()[0]["trained"]) == 16 * 10
+    told = [again.log(i).read_text().count("checkpoints/20: damaged, meta/met") for i in range(2)]
+    assert told == [1, 0]
+    assert_same_run(config, run, alone)
+
+
+FULL = """
+import os, runpy, shutil, sys
+from lm import hosts
+usage, hosts.FAILING_SECONDS = shutil.disk_usage, 3.0
+if os.environ["LM_PROCESS"] == "1":  # the other finds the last bytes of it
+    shutil.disk_usage = lambda path: usage(path)._replace(free=0)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_two_processes_and_the_next_pair_goes_on(launch, config, alone, tmp_path):
+    script = "-c", FULL, ROOT / "tests" / "host.py"
+    codes, logs = launch(2, script=script, **{"train.checkpoint_every": 8}).wait()
+    assert codes == [1, 1]
+    assert all("No space left on device" in log and "Traceback" not in log for log in logs), logs
+    launch(2, **{"train.checkpoint_every": 8}).finish()
+    assert_same_run(config, tmp_path / "run", alone)
 
 
 @pytest.mark.slow

@@ -46,6 +46,9 @@ def programs():
     return {}
 
 
+EXPERTS = {"moe": {"n_experts": 4, "top_k": 2, "bias_rate": 0.1, "jitter": 0.1, "dead_after": 3}}
+
+
 def final_params(config, workdir):
     program = Program(config, make_mesh(config.mesh))
     checkpoints = Checkpoints(workdir)
@@ -89,8 +92,9 @@ def test_the_result_is_the_score_of_the_final_state(config, programs, tmp_path):
     assert result["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_resumed_is_bit_identical_to_undisturbed(config, programs, tmp_path, monkeypatch):
-    config = replace(config, train={"checkpoint_every": 7, "evaluate_every": 5})
+@pytest.mark.parametrize("model", [{}, pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=str)
+def test_resumed_is_bit_identical_to_undisturbed(config, programs, tmp_path, model):
+    config = replace(config, model=model, train={"checkpoint_every": 7, "evaluate_every": 5})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     wanted = loop.train(config, whole, programs=programs)
 
