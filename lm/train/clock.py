@@ -81,6 +81,8 @@ class Clock:
         """All work since ``saved``, the ``seconds`` as of a checkpoint, is lost; of none, all."""
         now = self.seconds()
         self._lose({part: now[part] - saved.get(part, 0.0) for part in WORK})
+        # To before this piece, perhaps: what is done from there on brings the run on.
+        self._worked = min(self._worked, _sum(self.seconds(), (*WORK, CHECKPOINT)))
 
     def _lose(self, seconds: Mapping[str, float]) -> None:
         for part, lost in seconds.items():

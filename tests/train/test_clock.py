@@ -92,6 +92,19 @@ def test_a_rollback_loses_the_work_since_its_checkpoint(time):
     assert sum(found.values()) == time.now - 100
 
 
+def test_after_a_rollback_to_before_this_piece_its_work_counts_from_there(time):
+    first = Clock(now=time)
+    spend(first, time, step=10)
+    second = Clock(first.seconds(), time)
+    second.go_on(first.seconds())
+    spend(second, time, step=5)
+    assert second.work() == 5
+    second.roll_back({})
+    assert second.work() == 0
+    spend(second, time, step=3)
+    assert second.work() == 3 and second.seconds()[LOST] == 15
+
+
 def test_timeless_leaves_what_a_run_is():
     record = {"step": 3, "loss": 2.0, "wall_seconds": 1.0, "tokens_per_second": 5.0, "goodput": 0.5}
     assert timeless(record | {"mfu": 0.1, "memory_bytes": 7, "device": "cpu"}) == {
