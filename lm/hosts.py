@@ -29,6 +29,7 @@ HEARTBEAT_SECONDS = 50  # jax's own, which names nobody: behind the watch's
 # would not let the run save.
 STOP = signal.SIGUSR1
 FAILING_SECONDS = 15.0  # that processes may fail apart and still have failed together
+# By the names that they are told by.
 REFUSALS = {kind.__name__: kind for kind in (BadInput, *BadInput.__subclasses__())}
 
 
