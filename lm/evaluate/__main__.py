@@ -49,10 +49,19 @@ flags.DEFINE_bool("cut", False, "Prompts too long lose their start.", flag_value
 flags.DEFINE_string("records", None, "File for each question's metrics.", flag_values=FLAGS)
 flags.DEFINE_bool("json", False, "One object instead of a table.", flag_values=FLAGS)
 
+OF_TASKS = (
+    *("shots", "shots_from", "shots_seed", "reasoning", "answer", "max_tokens", "samples"),
+    *("temperature", "seed", "gap", "between", "cut", "records"),
+)
+GO_WITH = dict.fromkeys(("stride", "documents"), "corpus") | dict.fromkeys(OF_TASKS, "task")
+
 
 def main() -> None:
     if FLAGS.workdir is None:
         raise BadInput("--workdir is missing; as --workdir=runs/tiny")
+    for name, needed in GO_WITH.items():
+        if FLAGS[name].value != FLAGS[name].default and not FLAGS[needed].value:
+            raise BadInput(f"--{name} goes with --{needed}, which is not given")
     for name in ("seq_len", "stride", "tokens", "documents"):
         if FLAGS[name].value < 0:
             raise BadInput(f"--{name}={FLAGS[name].value}: must be 0 or more")

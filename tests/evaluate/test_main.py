@@ -76,6 +76,8 @@ def test_corpora_and_tasks_as_tables(capsys, workdir, text_data, tmp_path):
         (("--tokens=100000000",), "data.validation_tokens = 100000000: must be at most"),
         (("--task=none.jsonl",), "none.jsonl: cannot be read"),
         (("--task={sums}", "--task={sums}"), "there is a task sums already; names must differ"),
+        (("--shots=2",), "--shots goes with --task, which is not given"),
+        (("--documents=2",), "--documents goes with --corpus, which is not given"),
         (("--task={sums}", "--shots=2"), "shots = 2: there are 1 other questions"),
         (("--task={sums}", "--answer=("), "--answer=(: not a regular expression"),
         (("--task={sums}", "--samples=3"), "samples = 3 at temperature 0"),
