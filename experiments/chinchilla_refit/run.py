@@ -3,15 +3,14 @@
 python -m experiments.chinchilla_refit.run
 """
 
-import csv
-import io
 import os
 from functools import partial
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.results import as_csv, save
 from lm.command import write_atomically
 from lm.scaling import (
     BESIROGLU2024,
@@ -22,9 +21,6 @@ from lm.scaling import (
     percentile_interval,
     read_runs,
 )
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -136,22 +132,18 @@ def figure(runs, fit, residual, path: Path) -> None:
     right.axhline(20, color="0.6", ls="--", lw=0.8)
     right.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="optimal tokens per parameter")
     right.legend(fontsize=7)
-    buffer = io.BytesIO()
-    plt.savefig(buffer, dpi=100, format="png", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    save(plt.gcf(), path, dpi=100)
 
 
 def main() -> None:
     runs = epoch()
     named, fit, residual = tables(runs)
     for name, rows in named.items():
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("quantity", "published", "ours"))
+        told = [("quantity", "published", "ours")]
         for quantity, published, ours in rows:
-            writer.writerow((quantity, "" if published is None else published, f"{ours:.7g}"))
-        write_atomically(RESULTS / f"{name}.csv", text.getvalue())
-        print(text.getvalue())
+            told.append((quantity, "" if published is None else published, f"{ours:.7g}"))
+        write_atomically(RESULTS / f"{name}.csv", as_csv(told))
+        print(as_csv(told))
     figure(runs, fit, residual, RESULTS / "chinchilla_refit.png")
 
 

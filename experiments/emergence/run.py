@@ -1,12 +1,11 @@
 """One smooth loss under five metrics: which jump? Schaeffer et al.'s test. Writes results/."""
 
-import csv
-import io
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.results import as_csv, save
 from lm.command import write_atomically
 from lm.scaling import (
     TokenLossLaw,
@@ -19,9 +18,6 @@ from lm.scaling import (
     token_accuracy,
 )
 from lm.scaling.emergence import log_exact_match, measured
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 LAW = TokenLossLaw(c=1e6, alpha=-0.2)
@@ -89,23 +85,17 @@ def figure(path: Path) -> None:
     axes[3].legend(fontsize=8)
     for axis in axes:
         axis.title.set_fontsize(9)
-    buffer = io.BytesIO()
-    plt.savefig(buffer, dpi=100, format="png", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    save(plt.gcf(), path, dpi=100)
 
 
 def main() -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ("metric", "length_or_choices", "sharpness", "emergence_score", "visible_params")
-    )
+    rows = [("metric", "length_or_choices", "sharpness", "emergence_score", "visible_params")]
     for metric, length, sharp, score, visible in table():
         seen = "" if visible is None else f"{visible:.3g}"
-        writer.writerow((metric, length, f"{float(sharp):.4g}", f"{float(score):.4g}", seen))
-    write_atomically(RESULTS / "metrics.csv", text.getvalue())
+        rows.append((metric, length, f"{float(sharp):.4g}", f"{float(score):.4g}", seen))
+    write_atomically(RESULTS / "metrics.csv", as_csv(rows))
     figure(RESULTS / "emergence.png")
-    print(text.getvalue(), end="")
+    print(as_csv(rows), end="")
     half, most = exact_match([0.5, 0.9], 3)
     print(f"0.5^3 = {half:.1%}, 0.9^3 = {most:.1%}")
     print(f"log exact match against length, largest second difference: {nonlinearity():.1e}")

@@ -5,19 +5,18 @@
 Trains and tests what is missing, then writes ``results/``; ``--norun`` reads what is there.
 """
 
-import csv
-import io
 import json
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
 from experiments.emergence_trained import problems
 from experiments.emergence_trained.problems import LENGTH
 from experiments.emergence_trained.study import BYTES, WIDTHS
+from experiments.results import as_csv, save
 from lm import command
 from lm.command import BadInput, write_atomically
 from lm.config_file import load
@@ -27,9 +26,6 @@ from lm.scaling import TokenLossLaw, emergence_score, exact_match, sharpness, to
 from lm.train.device import keep_compiled
 from lm.train.loop import train
 from lm.train.metrics import read_metrics
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2, 3, 4)
@@ -252,7 +248,7 @@ def draw(rows: list[dict], path: Path) -> None:
             panel.set_ylim(-0.04, 1.32)
     for panel in axes[-1]:
         panel.set_xlabel("parameters, blocks and head")
-    _save(figure, path)
+    save(figure, path, dpi=100)
 
 
 def curves(workdir: Path) -> list[dict]:
@@ -282,25 +278,7 @@ def draw_training(lines: list[dict], path: Path) -> None:
         panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
     axes[0].set_ylabel("training loss, nats a token")
     axes[1].legend(fontsize=7, ncol=2)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, format="png", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
-
-
-def as_csv(rows: list[dict]) -> str:
-    """Every number; lists with blanks between."""
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        told = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
-        writer.writerow(told)
-    return text.getvalue()
+    save(figure, path, dpi=100)
 
 
 def main() -> None:

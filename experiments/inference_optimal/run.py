@@ -1,13 +1,13 @@
 """Sardana & Frankle's cases, recomputed; their 47 runs refitted. Writes results/."""
 
 import csv
-import io
 import os
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.results import as_csv, save
 from lm.command import write_atomically
 from lm.scaling import (
     HOFFMANN2022,
@@ -18,9 +18,6 @@ from lm.scaling import (
     lifetime_optimum,
     overtrain,
 )
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -120,28 +117,23 @@ def figure(path: Path) -> None:
               xlabel="size / compute-optimal size", ylabel="extra training FLOPs")  # fmt: skip
     right.set_title("over-training to the loss of 1e22 FLOPs", fontsize=9)
     right.legend(fontsize=8)
-    buffer = io.BytesIO()
-    plt.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    save(plt.gcf(), path)
 
 
 def main() -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("case", "quantity", "ours", "paper"))
+    rows = [("case", "quantity", "ours", "paper")]
     for case, quantity, ours, paper in cases():
-        writer.writerow((case, quantity, f"{ours:.5g}", "" if paper is None else f"{paper:.7g}"))
-    text.write("\n")
-    writer.writerow(("tokens_per_parameter_up_to", "runs", "a", "mean_abs_log_error",
-                     "mean_log_error_beyond"))  # fmt: skip
+        rows.append((case, quantity, f"{ours:.5g}", "" if paper is None else f"{paper:.7g}"))
+    fits = [("tokens_per_parameter_up_to", "runs", "a", "mean_abs_log_error",
+             "mean_log_error_beyond")]  # fmt: skip
     for cap, size, a, inside, beyond in extrapolation():
         rest = "" if np.isnan(beyond) else f"{beyond:+.4f}"
-        writer.writerow((cap, size, f"{a:.3f}", f"{inside:.4f}", rest))
-    cases_text, fits_text = text.getvalue().split("\n\n")
-    write_atomically(RESULTS / "cases.csv", cases_text + "\n")
+        fits.append((cap, size, f"{a:.3f}", f"{inside:.4f}", rest))
+    cases_text, fits_text = as_csv(rows), as_csv(fits)
+    write_atomically(RESULTS / "cases.csv", cases_text)
     write_atomically(RESULTS / "extrapolation.csv", fits_text)
     figure(RESULTS / "inference_optimal.png")
-    print(text.getvalue(), end="")
+    print(cases_text, fits_text, sep="\n", end="")
 
 
 if __name__ == "__main__":

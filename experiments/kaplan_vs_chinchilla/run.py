@@ -1,18 +1,15 @@
 """From Kaplan's 0.73 to Chinchilla's 0.50: Porian's five steps and Pearce & Song's. -> results/."""
 
 import csv
-import io
 import os
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.results import as_csv, save
 from lm.command import write_atomically
 from lm.scaling import BESIROGLU2024, HOFFMANN2022, NonEmbeddingView, RunTable, fit_isoflop
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("LM_PUBLISHED_RUNS", HERE.parents[2] / "shared" / "data"))
@@ -101,9 +98,7 @@ def figure(path: Path, steps: list[tuple]) -> None:
     right.legend(fontsize=7)
     for axis in (left, right):
         axis.title.set_fontsize(9)
-    buffer = io.BytesIO()
-    plt.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    save(plt.gcf(), path)
 
 
 def main() -> None:
@@ -114,11 +109,9 @@ def main() -> None:
         ("porian.csv", [header, *steps]),
         ("pearce_song.csv", [reconciled_header, *reconciled]),
     ):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([f"{x:.3f}" if isinstance(x, float) else x for x in row] for row in rows)
-        write_atomically(HERE / "results" / name, text.getvalue())
-        print(text.getvalue())
+        text = as_csv([f"{x:.3f}" if isinstance(x, float) else x for x in row] for row in rows)
+        write_atomically(HERE / "results" / name, text)
+        print(text)
     figure(HERE / "results" / "kaplan_vs_chinchilla.png", steps)
 
 

@@ -1,19 +1,16 @@
 """Muennighoff et al.'s 182 runs: their point, the optimum, the profile. Writes results/."""
 
 import csv
-import io
 import json
 import os
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.results import save
 from lm.command import write_atomically
 from lm.scaling import MUENNIGHOFF2023, percentile_interval
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("LM_PUBLISHED_RUNS", HERE.parents[2] / "shared" / "data"))
@@ -78,9 +75,7 @@ def figure(path: Path, result: dict, r_tokens, objective) -> None:
     right.set(xscale="log", yscale="log", xlabel="epochs", ylabel="worth in epochs of fresh tokens")
     right.legend(fontsize=8)
     right.set_title("what repeating is worth", fontsize=9)
-    buffer = io.BytesIO()
-    plt.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    save(plt.gcf(), path)
 
 
 def main() -> None:

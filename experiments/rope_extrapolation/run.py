@@ -5,7 +5,6 @@
 Trains and measures what is missing, then writes ``results/``; ``--norun`` reads what is there.
 """
 
-import csv
 import dataclasses
 import io
 import json
@@ -16,10 +15,11 @@ from typing import NamedTuple
 from unittest import mock
 
 import jax
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
+from experiments.results import as_csv, save
 from experiments.rope_extrapolation.study import (
     FACTOR,
     FINE_TUNES,
@@ -40,9 +40,6 @@ from lm.model import Decoder, head_cross_entropy, rotary
 from lm.sharding import make_mesh
 from lm.train.device import keep_compiled
 from lm.train.loop import train
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1)
@@ -262,25 +259,18 @@ def draw(losses: dict[str, list[np.ndarray]], path: Path) -> None:
         panel.minorticks_off()
         panel.legend(fontsize=8, loc="upper center", ncol=2, framealpha=1)
     axes[0].set_ylabel("loss, nats a byte")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    save(figure, path)
 
 
 def by_position(losses: dict[str, list[np.ndarray]]) -> str:
     """The figure's numbers: a row a variant, seed and bin."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ("variant", "seed", "first_position", "last_position", "loss", "standard_error")
-    )
+    rows = [("variant", "seed", "first_position", "last_position", "loss", "standard_error")]
     for name, seeds in losses.items():
         for seed, loss_WT in zip(SEEDS, seeds, strict=True):
             for part in bins():
                 mean, error = mean_and_error(loss_WT, part)
-                row = (name, seed, part.start + 1, part.stop, f"{mean:.4f}", f"{error:.4f}")
-                writer.writerow(row)
-    return text.getvalue()
+                rows.append((name, seed, part.start + 1, part.stop, f"{mean:.4f}", f"{error:.4f}"))
+    return as_csv(rows)
 
 
 def table(losses: dict[str, list[np.ndarray]]) -> str:
