@@ -11,6 +11,7 @@ the same command again goes on. Writes ``results/calibration_<part>.csv`` and pr
 """
 
 import csv
+import dataclasses
 import io
 import itertools
 import sys
@@ -21,7 +22,7 @@ from absl import flags
 
 from lm import arithmetic, command
 from lm.command import BadInput, one_of, write_atomically
-from lm.config import Config, replace, to_dict
+from lm.config import Config, SweepConfig, replace, to_dict
 from lm.config_file import load
 from lm.sweep.grid import ladder
 
@@ -102,13 +103,13 @@ def as_config(study: Config, trial: Trial) -> Config:
     """The run of a trial."""
     tied, rope_base, decay = RECIPES[trial.recipe]
     model = to_dict(_model(study, trial.d_model, trial.n_layers))
-    return replace(
+    run = replace(
         study,
         model={**model, "tied": tied, "rope_base": rope_base},
         optimizer={"learning_rate": trial.rate, "weight_decay": decay},
         train={"flops": trial.flops, "batch_tokens": trial.batch, "seed": trial.seed},
-        sweep={"budgets": ()},
     )
+    return dataclasses.replace(run, sweep=SweepConfig())
 
 
 def _flops(study: Config, width: int, depth: int, tokens_per_parameter: float) -> float:
