@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
 from lm import command
@@ -17,6 +18,7 @@ from lm.interop import to_transformers, write_folder
 from lm.interop.tensors import pieces
 from lm.interop.tokenizer import companions
 from lm.model import Decoder
+from lm.model.lora import NAMES
 from lm.sharding import make_mesh
 from lm.train.loop import train
 from tests.data.test_chat import folder as chat_folder  # noqa: F401
@@ -255,3 +257,27 @@ def test_exported_adapters_make_the_exported_weights(call, adapted, tmp_path):
             np.testing.assert_allclose(
                 whole[f"{place}.weight"], base[f"{place}.weight"] + 2 * b @ a, atol=1e-6
             )
+
+
+@pytest.mark.slow
+def test_peft_itself_adds_them_to_the_base(call, adapted, tmp_path):
+    needed = ("torch", "transformers", "peft")
+    torch, transformers, peft = (
+        pytest.importorskip(name, reason=f"{name} is not here; pip install '.[compare]'")
+        for name in needed
+    )
+    run, config, params = adapted
+    flat = {key: x for key, x in flatten_dict(params).items() if key[-1] not in NAMES}
+    base = replace(config, model={"lora": {"rank": 0}}, train={"init_from": ""})
+    saved(tmp_path / "base_run", base, unflatten_dict(flat))
+    for name, given in (("base", "base_run"), ("whole", "run")):
+        assert call("export", f"--from={tmp_path / given}", f"--to={tmp_path / name}")[0] == 0
+    assert call("export", "--adapters", f"--from={run}", f"--to={tmp_path / 'peft'}")[0] == 0
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tokens_BT = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        plain, wanted = (load(tmp_path / name)(tokens_BT).logits for name in ("base", "whole"))
+        beside = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "peft")
+        found = beside(tokens_BT).logits
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert (plain - wanted).abs().max() > 0.1
