@@ -4,6 +4,7 @@ A task file has an object a line: ``{"prompt", "choices": [...], "answer": index
 ``{"prompt", "target"}`` and, to be shown with it in a chain of thought, ``"reasoning"``.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -59,16 +60,15 @@ class Prompting:
 
         Raises ``BadInput`` where the pool has fewer other questions than shots.
         """
-        if not self.shots:
-            return examples[i].prompt
-        others = [example for example in self.pool if example != examples[i]]
-        if len(others) < self.shots:
-            raise BadInput(f"shots = {self.shots}: there are {len(others)} other questions")
-        chosen = range(self.shots)
+        order = range(len(self.pool))
         if self.seed is not None:
-            chosen = np.random.default_rng((self.seed, i)).permutation(len(others))[: self.shots]
+            order = np.random.default_rng((self.seed, i)).permutation(len(self.pool))
+        others = (self.pool[k] for k in order if self.pool[k] != examples[i])
+        chosen = list(itertools.islice(others, self.shots))
+        if len(chosen) < self.shots:
+            raise BadInput(f"shots = {self.shots}: there are {len(chosen)} other questions")
         parts = []
-        for shot in (others[k] for k in chosen):
+        for shot in chosen:
             answer = shot.reasoning if self.reasoning else shot.target
             parts.append(f"{shot.prompt}{self.gap}{answer}{self.between}")
         return "".join(parts) + examples[i].prompt
