@@ -127,12 +127,14 @@ def context(config: configuration.Config) -> int:
 
     And by the training of the run that it started from, where that is there.
     """
-    scaling = config.model.rope_scaling
-    known = [config.data.seq_len, int(scaling.original_positions * scaling.factor)]
-    before = Path(config.train.init_from)
-    if config.train.init_from and (before / "config.json").exists():
-        known.append(context(load_config(before)))
-    return max(known)
+    known, seen = [], {""}
+    while True:
+        scaling, before = config.model.rope_scaling, config.train.init_from
+        known += [config.data.seq_len, int(scaling.original_positions * scaling.factor)]
+        if before in seen or not Path(before, "config.json").exists():
+            return max(known)
+        seen.add(before)
+        config = load_config(Path(before))
 
 
 def load_params(workdir: Path, config: configuration.Config, mesh: Mesh) -> Any:

@@ -120,6 +120,9 @@ def test_the_context_ends_a_text(capsys, workdir, tmp_path):
     tuned = replace(config, data={"seq_len": 16}, train={"init_from": str(workdir)})
     assert [context(c) for c in (config, scaled, tuned)] == [64, 128, 64]
     assert context(replace(tuned, train={"init_from": str(tmp_path)})) == 16
+    (tmp_path / "itself").mkdir()
+    claim(tmp_path / "itself", replace(tuned, train={"init_from": str(tmp_path / "itself")}))
+    assert context(load_config(tmp_path / "itself")) == 16
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     claim(tmp_path / "run", tuned)
     code, told = run(capsys, tmp_path / "run", "--prompt=" + 64 * "a")

@@ -88,7 +88,9 @@ def test_in_and_out_again_is_the_same_to_the_bit(call, folder, tmp_path, scan):
 
 
 def test_a_trained_run_goes_out_and_in(call, tmp_path, text_data):
-    config = replace(CONFIG, data=vars(text_data), train=dict(tokens=2_048, batch_tokens=512))
+    config = replace(
+        CONFIG, data=vars(text_data), train=dict(tokens=2_048, batch_tokens=512, tensorboard=False)
+    )
     result = train(config, tmp_path / "run")
     code, _, err = call("export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")
     assert code == 0, err
