@@ -120,7 +120,7 @@ def _engine(store: Store) -> Callable[[], Any]:
 
 def run(study: Study, backend, console: Console, retry: bool = False) -> int:
     """Launches the study, prints how it went, returns the exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False
     try:
         with Display(console) as display:

@@ -38,7 +38,7 @@ class Worker:
         self._folder = Path.cwd()  # a config's paths are relative to it
 
     def __call__(self) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         if self._folder.is_dir():
             os.chdir(self._folder)
         store = Store(self._workdir, self._name)

@@ -235,8 +235,10 @@ def test_no_worker_outlives_its_launcher(how, code, tmp_path):
     Store(tmp_path).claim(Config(sweep=sweep_config))
     (tmp_path / "sleeping_trainer.py").write_text(SLEEPER)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    # A shell script's background jobs ignore SIGINT, and so do their children.
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"] if how == signal.SIGTERM else []
     launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path)],
+        [*ignoring, sys.executable, "-c", LAUNCHER, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
