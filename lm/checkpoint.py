@@ -1,8 +1,9 @@
 """A run's folder: whose it is, whether it is done, and its checkpoints.
 
-``config.json`` says whose; ``result.json`` is written last, so that its presence means done.
-``lock`` is held by the process that trains there. Run folders are paths of a file system: an object
-store has no locks (``lm.sweep`` trains in a folder beside the one there, and copies).
+``config.json`` says whose, and how long its texts may be; ``result.json`` is written last, so that
+its presence means done. ``lock`` is held by the process that trains there. Run folders are paths of
+a file system: an object store has no locks (``lm.sweep`` trains in a folder beside the one there,
+and copies).
 """
 
 import contextlib
@@ -52,9 +53,14 @@ def claim(
         done = _finished(workdir, config, force)  # whoever held the lock may have ended the run
         _remove_unfinished(workdir / "checkpoints")
     if done is None:
-        (workdir / "result.json").unlink(missing_ok=True)
+        path = workdir / "config.json"
+        found = json_object(path) if path.exists() else {}
         wanted = {"schema": SCHEMA, "config": configuration.to_dict(config)}
-        write_atomically(workdir / "config.json", json.dumps(wanted, indent=1))
+        # What the run started from may be gone by the time it goes on.
+        goes_on = found.get("config") == wanted["config"] and "context" in found
+        wanted["context"] = found["context"] if goes_on else _made_for(config)
+        (workdir / "result.json").unlink(missing_ok=True)
+        write_atomically(path, json.dumps(wanted, indent=1))
     return done
 
 
@@ -122,19 +128,27 @@ def load_config(workdir: Path) -> configuration.Config:
     return config
 
 
-def context(config: configuration.Config) -> int:
-    """Positions that a run's model was made for: by its training, or by scaled rotary positions.
+def context(workdir: Path) -> int:
+    """Positions that a run's model was made for, as its folder has it from the run's start.
 
-    And by the training of the run that it started from, where that is there.
+    They are the longest of its training, of the run's that it started from, and of rotary positions
+    scaled by yarn or longrope. The other kinds do not say from what length their factor counts
+    (linear, ntk), or do not reach as far (llama3): theirs is the length of the training.
     """
-    known, seen = [], {""}
-    while True:
-        scaling, before = config.model.rope_scaling, config.train.init_from
-        known += [config.data.seq_len, int(scaling.original_positions * scaling.factor)]
-        if before in seen or not Path(before, "config.json").exists():
-            return max(known)
-        seen.add(before)
-        config = load_config(Path(before))
+    trained = load_config(workdir).data.seq_len
+    found = json_object(workdir / "config.json").get("context", trained)
+    return configuration.typed(found, int, f"{workdir / 'config.json'}: context")
+
+
+def _made_for(config: configuration.Config) -> int:
+    """A new run's ``context``."""
+    scaling, before = config.model.rope_scaling, config.train.init_from
+    known = [config.data.seq_len]
+    if scaling.kind in ("yarn", "longrope"):
+        known.append(int(scaling.original_positions * scaling.factor))
+    if before and Path(before, "config.json").exists():
+        known.append(context(Path(before)))
+    return max(known)
 
 
 def load_params(workdir: Path, config: configuration.Config, mesh: Mesh) -> Any:

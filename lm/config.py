@@ -560,7 +560,7 @@ def from_config_dict(given: Any, kind: type = Config, path: str = "config") -> A
                 )
             values[key] = from_config_dict(given[key], expected, f"{path}.{key}")
         else:
-            values[key] = _typed(given[key], expected, f"{path}.{key}")
+            values[key] = typed(given[key], expected, f"{path}.{key}")
     return kind(**values)
 
 
@@ -578,18 +578,22 @@ def read_config(path: str | os.PathLike, text: str | None = None) -> Config:
         raise BadInput(f"{path}: {error}") from error
 
 
-def _typed(value: Any, expected: Any, path: str) -> Any:
+def typed(value: Any, expected: Any, path: str) -> Any:
+    """``value``, which JSON or a config file gave, as the type ``expected``, a tuple's entries too.
+
+    Raises ``BadInput`` naming ``path``.
+    """
     origin = typing.get_origin(expected)
     if origin is tuple:
         inner = typing.get_args(expected)
         if not isinstance(value, (tuple, list)):
             raise BadInput(f"{path} = {value!r}: must be a tuple, as ({value!r},)")
         if len(inner) == 2 and inner[1] is Ellipsis:
-            return tuple(_typed(v, inner[0], f"{path}[{i}]") for i, v in enumerate(value))
+            return tuple(typed(v, inner[0], f"{path}[{i}]") for i, v in enumerate(value))
         if len(value) != len(inner):
             raise BadInput(f"{path} = {value!r}: must have {len(inner)} entries")
         return tuple(
-            _typed(v, t, f"{path}[{i}]") for i, (v, t) in enumerate(zip(value, inner, strict=True))
+            typed(v, t, f"{path}[{i}]") for i, (v, t) in enumerate(zip(value, inner, strict=True))
         )
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -20,6 +20,7 @@ from lm.checkpoint import (
     abstract_params,
     check_shared,
     claim,
+    context,
     load_config,
     load_params,
 )
@@ -61,6 +62,44 @@ def test_a_host_that_sees_another_folder_than_process_0_is_told_so(tmp_path):
         check_shared(tmp_path)
     claim(tmp_path, Config())
     check_shared(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scaling, positions",
+    [
+        ({}, 64),
+        ({"kind": "yarn", "original_positions": 64, "factor": 2.0}, 128),
+        ({"kind": "yarn", "original_positions": 16, "factor": 2.0}, 64),
+        ({"kind": "llama3", "original_positions": 64, "factor": 2.0}, 64),
+        ({"kind": "linear", "original_positions": 64, "factor": 2.0}, 64),
+        ({"original_positions": 64, "factor": 2.0}, 64),
+    ],
+)
+def test_the_context_is_that_of_training_or_of_scaled_positions(tmp_path, scaling, positions):
+    model = {"rope_scaling": {**vars(CONFIG.model.rope_scaling), **scaling}}
+    claim(tmp_path, replace(CONFIG, model=model, data={"seq_len": 64}))
+    assert context(tmp_path) == positions
+
+
+def test_the_context_is_that_of_the_run_begun_from_wherever_that_is_now(tmp_path, monkeypatch):
+    claim(tmp_path / "base", replace(CONFIG, data={"seq_len": 64}))
+    short = replace(CONFIG, data={"seq_len": 16})
+    tuned, itself = (replace(short, train={"init_from": name}) for name in ("base", "itself"))
+    monkeypatch.chdir(tmp_path)
+    claim(Path("tuned"), tuned)
+    claim(Path("again"), replace(short, train={"init_from": "tuned"}))
+    for name in ("base", "tuned"):
+        Path(name, "config.json").write_text("no longer JSON")
+    monkeypatch.chdir("/")
+    assert context(tmp_path / "again") == 64
+    claim(tmp_path / "again", replace(short, train={"init_from": "tuned"}))  # it goes on
+    assert context(tmp_path / "again") == 64
+    claim(tmp_path / "itself", itself)
+    assert context(tmp_path / "itself") == 16
+    config = tmp_path / "itself" / "config.json"
+    config.write_text(config.read_text().replace('"context": 16', '"context": "16"'))
+    with pytest.raises(BadInput, match="config.json: context = '16': must be of type int"):
+        context(tmp_path / "itself")
 
 
 @pytest.mark.parametrize("axes", [dict(data=1), dict(data=4, model=2, zero=3)], ids=str)

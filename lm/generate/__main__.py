@@ -106,7 +106,7 @@ def _open(generator, sampling):
         marked = [tokenizer.encode_marked(template.render(a, prompt=True))[0] for a in asked]
         prompts = [ids.tolist() for ids in marked]
         stop += end_of_turn(template, tokenizer)
-    longest, room = max(map(len, prompts)), context(config)
+    longest, room = max(map(len, prompts)), context(workdir)
     if longest >= room:
         raise BadInput(
             f"a prompt of {longest:,} tokens: must be fewer than the {room:,} positions that the"

@@ -58,8 +58,8 @@ class Generator:
       cache_dtype: float32 | bfloat16 | int8.
 
     Raises:
-      BadInput: more positions than learned or sinusoidal ones were made for, or experts that choose
-        tokens: they see the whole text.
+      BadInput: more positions than learned ones were made for, or experts that choose tokens: they
+        see the whole text.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Generator:
         cache_dtype: str = "float32",
     ):
         last = config.data.seq_len
-        if config.model.position in ("sinusoidal", "learned") and positions > last:
-            raise BadInput(f"{positions} positions: {config.model.position} ones end at {last}")
+        if config.model.position == "learned" and positions > last:
+            raise BadInput(f"{positions} positions: learned ones end at {last}")
         one_of("cache_dtype", cache_dtype, kv_cache.DTYPES)
         model, moe = config.model, config.model.moe
         if moe.n_experts and moe.routing == "expert_choice":

@@ -83,7 +83,7 @@ def merge_weights(workdir: Path, to: Path) -> dict[str, Any]:
         config,
         model={"lora": to_dict(LoraConfig())},
         train={"init_from": ""},
-        data={"seq_len": context(config)},
+        data={"seq_len": context(workdir)},
     )
     return _save(to, plain, params, "merged")
 
@@ -114,7 +114,9 @@ def export_weights(workdir: Path, folder: Path, dtype: str = "float32") -> dict[
     """
     config = load_config(workdir)
     plain = replace(config, model={"lora": to_dict(LoraConfig())})
-    positions = context(config)
+    result = workdir / "result.json"
+    is_imported = result.exists() and json_object(result).get("status") == "imported"
+    positions = config.data.seq_len if is_imported else context(workdir)  # as their file had it
     written = to_transformers(plain.model, positions)
     params = load_params(workdir, config, host())
     if config.model.lora.rank:
