@@ -15,6 +15,7 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lm.command import BadInput, json_object
+from lm.config import typed
 from lm.data.tokenizers import Tokenizer
 
 # For any tokenizer, bytes too: a turn is its role's name, the message, and the end of text.
@@ -112,21 +113,36 @@ def open_template(tokenizer_name: str, tokenizer: Tokenizer, path: str = "") -> 
     """The template at ``path``, else the one in the tokenizer.json's folder, else DEFAULT.
 
     In a folder it is chat_template.jinja, or a key of tokenizer_config.json. Raises ``BadInput``
-    for a file that cannot be read.
+    for a file that cannot be read, a template that is no Jinja and special tokens that are no text.
     """
     special = {"eos_token": tokenizer.decode([tokenizer.end_of_text]), "bos_token": ""}
     folder, source = Path(tokenizer_name).parent, None
     if tokenizer_name.endswith(".json") and (folder / "tokenizer_config.json").exists():
-        settings = json_object(folder / "tokenizer_config.json")
-        for name in SPECIAL:
-            if token := settings.get(name):
-                special[name] = token["content"] if isinstance(token, dict) else token
-        source = settings.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        special |= _settings(folder / "tokenizer_config.json")
+        source = special.pop("chat_template", None)
     if tokenizer_name.endswith(".json") and (folder / "chat_template.jinja").exists():
         source = _read(folder / "chat_template.jinja")
-    return Template(_read(Path(path)) if path else source or DEFAULT, special)
+    source = _read(Path(path)) if path else source or DEFAULT
+    try:
+        _compiled(source)
+    except Exception as error:  # whatever somebody's template may raise
+        raise BadInput(f"the chat template: {error}") from error
+    return Template(source, special)
+
+
+def _settings(path: Path) -> dict[str, str]:
+    """Of a tokenizer_config.json, the special tokens and the template that are there."""
+    settings, found = json_object(path), {}
+    for name in (*SPECIAL, "chat_template"):
+        value = settings.get(name)
+        if isinstance(value, dict):  # an AddedToken
+            value = value.get("content", value)
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+            by_name = (entry.get("template") for entry in value if entry.get("name") == "default")
+            value = next(by_name, None)  # of several templates
+        if value:
+            found[name] = typed(value, str, f"{path}: {name}")
+    return found
 
 
 def end_of_turn(template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -141,6 +157,22 @@ def end_of_turn(template: Template, tokenizer: Tokenizer) -> list[int]:
         return []
     ids = tokenizer.encode_marked(after.strip())[0].tolist()[:1]
     return ids if tokenizer.decode(ids) in tokenizer.special_names else []
+
+
+def stops(workdir: Path, tokenizer: Tokenizer) -> list[int]:
+    """Ids that end what a run's model writes: those that came with imported weights, or the end of
+    text. What was trained from such weights ends a text in both ways.
+
+    They are eos_token_id of the generation_config.json beside the tokenizer.json. Raises
+    ``BadInput`` where that is no id and no list of them.
+    """
+    path = Path(getattr(tokenizer, "path", workdir / "tokenizer.json")).parent
+    path /= "generation_config.json"
+    said = json_object(path).get("eos_token_id") if path.exists() else None
+    ids = said if isinstance(said, list) else [] if said is None else [said]
+    if not all(type(i) is int for i in ids):
+        raise BadInput(f"{path}: eos_token_id = {said!r}: must be an id, or a list of them")
+    return ids if ids and path.parent == workdir else [*ids, tokenizer.end_of_text]
 
 
 def _read(path: Path) -> str:

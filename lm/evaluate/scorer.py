@@ -19,6 +19,7 @@ from lm.checkpoint import load_config, load_params
 from lm.command import BadInput
 from lm.config import Config, MeshConfig, check_vocabulary, replace
 from lm.data import Batch, open_tokenizer
+from lm.data.chat import stops
 from lm.data.tokenizers import Tokenizer, decode_after
 from lm.generate.decode import Completion, Generator
 from lm.generate.sampling import Sampling
@@ -72,7 +73,7 @@ class Scorer:
       max_length: the longest input in tokens; 0: the length that the run was trained at.
       batch_tokens: positions that are computed at a time.
       marked: a special token's name in a text is that token, as chat templates write it.
-      stop: ids that end what is written, beside end of text.
+      stop: ids that end what is written (none: end of text).
 
     Raises:
       BadInput: a tokenizer with more ids than the embedding, or a ``max_length`` beyond learned
@@ -97,7 +98,7 @@ class Scorer:
             raise BadInput(f"max_length = {max_length}: learned positions end at {trained}")
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self._mesh, self._batch_tokens, self._marked = mesh, batch_tokens, marked
-        self._stop = [tokenizer.end_of_text, *stop]
+        self._stop = list(stop) or [tokenizer.end_of_text]
         self._layout = layout(config, mesh)
         longest = trained if config.model.position == "learned" else self.max_length
         model = dataclasses.replace(config.model, remat="none")
@@ -112,10 +113,11 @@ class Scorer:
     def open(cls, workdir: str | Path, **settings: Any) -> "Scorer":
         """Of the newest checkpoint of a run's folder, on all devices here.
 
-        ``settings``: what has a default above. Raises ``BadInput`` where the folder
-        holds no run.
+        ``settings``: what has a default above; ``stop`` is beside the model's own. Raises
+        ``BadInput`` where the folder holds no run.
         """
-        config = load_config(Path(workdir))
+        workdir = Path(workdir)
+        config = load_config(workdir)
         tokenizer = open_tokenizer(config.data)
         check_vocabulary(config, tokenizer.vocab_size)
         model = config.mesh.model
@@ -123,7 +125,9 @@ class Scorer:
         mesh = make_mesh(MeshConfig(data=-1, model=model))
         alone = {"stage": 1, "rounds": 1, "context": 1, "experts": "model"}
         config = replace(config, mesh={**alone, "sequence_sharded": False})
-        return cls(config, load_params(Path(workdir), config, mesh), tokenizer, mesh, **settings)
+        stop = [*stops(workdir, tokenizer), *settings.pop("stop", ())]
+        params = load_params(workdir, config, mesh)
+        return cls(config, params, tokenizer, mesh, stop=stop, **settings)
 
     def rows(self, width: int) -> int:
         """How many rows of ``width`` positions go together; they divide over the mesh."""

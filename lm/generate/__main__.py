@@ -8,8 +8,10 @@ the commonest match (its first group, where it has one), which is self-consisten
 2023).
 
 The context that the model was made for (data.seq_len, or more by model.rope_scaling) ends every
-text: --max_tokens becomes what the longest prompt leaves of it, and a line on stderr says so. One
-process writes, on the devices of one host.
+text: --max_tokens becomes what the longest prompt leaves of it, and a line on stderr says so. Under
+LongRoPE the long factors turn every text from its start where the longest prompt and --max_tokens
+together are beyond model.rope_scaling.original_positions, else the short ones. One process writes,
+on the devices of one host.
 """
 
 import dataclasses
@@ -39,11 +41,11 @@ flags.DEFINE_float(
 flags.DEFINE_float(
     "repetition_penalty", 1.0, "Above 1: tokens already there are less likely.", flag_values=FLAGS
 )
-flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Of the draws.", 0, 2**32 - 1, flag_values=FLAGS)
 flags.DEFINE_integer("samples", 1, "Continuations of each prompt.", flag_values=FLAGS)
 flags.DEFINE_bool("best", False, "Of the samples, the likeliest alone.", flag_values=FLAGS)
 flags.DEFINE_string("vote", None, "The samples' commonest match of this regex.", flag_values=FLAGS)
-flags.DEFINE_multi_integer("stop", None, "Ids that end a text (end of text).", flag_values=FLAGS)
+flags.DEFINE_multi_integer("stop", None, "Ids that end a text (the model's).", flag_values=FLAGS)
 flags.DEFINE_string("cache_dtype", "float32", "float32, bfloat16 or int8.", flag_values=FLAGS)
 flags.DEFINE_bool("json", False, "An object a line, with log-probabilities.", flag_values=FLAGS)
 
@@ -91,7 +93,7 @@ def _open(generator, sampling):
     from lm.checkpoint import context, load_config, load_params
     from lm.config import MeshConfig, check_vocabulary
     from lm.data import open_template, open_tokenizer
-    from lm.data.chat import end_of_turn
+    from lm.data.chat import end_of_turn, stops
     from lm.sharding import make_mesh
 
     workdir = Path(FLAGS.workdir)
@@ -99,7 +101,7 @@ def _open(generator, sampling):
     tokenizer = open_tokenizer(config.data)
     check_vocabulary(config, tokenizer.vocab_size)
     prompts = [[*tokenizer.prefix, *tokenizer.encode(text).tolist()] for text in FLAGS.prompt]
-    stop = [tokenizer.end_of_text]
+    stop = stops(workdir, tokenizer)
     if FLAGS.chat:
         template = open_template(config.data, tokenizer)
         asked = [[{"role": "user", "content": text}] for text in FLAGS.prompt]

@@ -7,7 +7,15 @@ import pytest
 from lm.command import BadInput
 from lm.config import DataConfig
 from lm.data import chat, open_dataset
-from lm.data.chat import DEFAULT, Template, encode, end_of_turn, messages_of, open_template
+from lm.data.chat import (
+    DEFAULT,
+    Template,
+    encode,
+    end_of_turn,
+    messages_of,
+    open_template,
+    stops,
+)
 from lm.data.tokenizers import END_OF_TEXT, ByteTokenizer, JsonTokenizer, train_bpe
 
 BYTES = ByteTokenizer()
@@ -54,8 +62,11 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer as published models have them: marks as special tokens."""
-    folder = tmp_path_factory.mktemp("tokenizer")
+    return with_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def with_tokenizer(folder):
+    """A tokenizer as published models have them: marks as special tokens, ids 300 to 306."""
     content = json.loads(train_bpe([" Paris user assistant Name a city in" * 9], 280))
     marks = [END_OF_TEXT, *MARKS, "<s>"]
     content["added_tokens"] = [
@@ -130,6 +141,22 @@ def test_what_ends_a_turn(folder, source, ends):
     tokenizer, template = opened(folder, source)
     assert tokenizer.decode(end_of_turn(template, tokenizer)) == ends
     assert end_of_turn(open_template("bytes", BYTES), BYTES) == [BYTES.end_of_text]
+
+
+def test_what_ends_a_text(folder, tmp_path):
+    """As the imported weights' settings say; trained from them, the end of text does too."""
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    tokenizer, settings = opened(tmp_path, DEFAULT)[0], tmp_path / "generation_config.json"
+    end = tokenizer.end_of_text
+    assert stops(tmp_path, tokenizer) == [end] and stops(tmp_path, BYTES) == [256]
+    for said, own, tuned in (
+        ("[193, 256]", [193, 256], [193, 256, end]), ("7", [7], [7, end]), ("null", [end], [end])
+    ):  # fmt: skip
+        settings.write_text(f'{{"eos_token_id": {said}}}')
+        assert [stops(tmp_path, tokenizer), stops(folder, tokenizer)] == [own, tuned]
+    settings.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(BadInput, match="eos_token_id = '</s>': must be an id, or a list of them"):
+        stops(tmp_path, tokenizer)
 
 
 def test_the_folders_own_template_and_where_it_lies(folder, tmp_path):

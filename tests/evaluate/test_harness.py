@@ -10,7 +10,7 @@ import pytest
 
 from lm.command import BadInput
 from lm.config import Config, ModelConfig, replace
-from tests.evaluate.test_scorer import made, quick_compilation, saved  # noqa: F401
+from tests.evaluate.test_scorer import made, quick_compilation, run_of_ends, saved  # noqa: F401
 
 pytestmark = pytest.mark.slow
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not here; pip install '.[eval]'")
@@ -139,6 +139,11 @@ def test_chats_are_written_by_the_runs_template(workdir):
     context, _ = model.scorer.encode_pair(text, "Hello")
     assert context.count(256) == 1 and "messages" in model.chat_template(True)
     assert model.tokenizer_name == "bytes-257"
+
+
+def test_an_end_of_turn_ends_what_is_written(tmp_path):
+    model = HarnessModel(str(run_of_ends(tmp_path)), max_gen_toks=3)
+    assert model.generate_until([Instance("generate_until", {}, ("ab", {}), 0)]) == [""]
 
 
 def test_how_a_task_asks_for_text(workdir):

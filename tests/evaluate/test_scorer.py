@@ -17,6 +17,7 @@ from lm.evaluate import scorer as module
 from lm.generate.sampling import Sampling
 from lm.model import Decoder
 from lm.sharding import make_mesh
+from tests.data.test_chat import with_tokenizer
 
 CONFIG = Config(
     model=ModelConfig(vocab_size=264, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24)
@@ -47,6 +48,20 @@ def made(config=CONFIG, mesh=None, **settings):
     params["embedding"] = 4 * params["embedding"]
     mesh = make_mesh(mesh or MeshConfig(), jax.devices()[:2])
     return Scorer(config, params, ByteTokenizer(), mesh, **settings), decoder, params
+
+
+def run_of_ends(workdir):
+    """A run's folder whose model writes nothing but what ends its turns, <|im_end|>, 281.
+
+    That is not its end of text, and the settings of the weights know of neither.
+    """
+    config = Config(model=replace(CONFIG, model={"vocab_size": 307, "n_layers": 1}).model)
+    config = replace(config, data={"seq_len": 32})
+    _, _, params = made(config)
+    params["embedding"] = jnp.full_like(params["embedding"], 100.0)
+    params["head"] = {"kernel": jnp.zeros_like(params["head"]["kernel"]).at[:, 281].set(1.0)}
+    (with_tokenizer(workdir) / "generation_config.json").write_text('{"eos_token_id": 7}')
+    return saved(workdir, config, params)
 
 
 def saved(workdir, config, params):
@@ -108,6 +123,13 @@ def test_what_the_model_would_write_is_greedy(bytewise):
     np.testing.assert_allclose(
         first.token_log_probs, written.completion.log_probabilities, atol=1e-5
     )
+
+
+def test_the_settings_of_the_weights_and_the_caller_say_what_ends_a_text(tmp_path, monkeypatch):
+    workdir = run_of_ends(tmp_path)
+    monkeypatch.setattr(module, "Generator", lambda *given, stop: stop)
+    for given, wanted in (((), [7]), ((281,), [7, 281])):
+        assert Scorer.open(workdir, stop=given)._generator(8, Sampling()) == wanted
 
 
 def test_a_bucket_compiles_once(bytewise):

@@ -11,7 +11,7 @@ from lm.generate import __main__ as generate
 from lm.generate.decode import Completion
 from lm.train.loop import train
 from tests.data.test_tokenizers import metaspace_json
-from tests.evaluate.test_scorer import made, saved
+from tests.evaluate.test_scorer import made, run_of_ends, saved
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,15 @@ def test_a_chat_prompt_is_a_users_message(capsys, workdir, monkeypatch):
     end = ByteTokenizer().end_of_text
     wanted = [*b"<|user|>\nthe", end, *b"\n<|assistant|>\n"]
     assert asked == [wanted]
+
+
+def test_what_ends_a_text(tmp_path):
+    workdir = run_of_ends(tmp_path)
+    for given, wanted in (((), [7]), (("--chat",), [7, 281]), (("--chat", "--stop=9"), [9])):
+        generate.FLAGS.unparse_flags()
+        generate.FLAGS(["generate", f"--workdir={workdir}", "--prompt=ab", *given])
+        stop, *_ = generate._open(lambda *_, stop, cache_dtype: stop, None)
+        assert stop == wanted
 
 
 def test_samples_the_best_of_them_and_their_vote(capsys, workdir):
