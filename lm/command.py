@@ -130,7 +130,7 @@ def check_folder(flag: str, given: str | None, example: str) -> None:
             raise BadInput(f"{flag}={given}: {there} is a file; a folder is needed")
 
 
-def json_object(path: str | os.PathLike, text: str | None = None) -> dict[str, Any]:
+def json_object(path: str | os.PathLike, text: str | bytes | None = None) -> dict[str, Any]:
     """The object that a JSON file holds; ``text`` where it was read already.
 
     Raises ``BadInput`` naming ``path``.
@@ -150,13 +150,18 @@ def json_object(path: str | os.PathLike, text: str | None = None) -> dict[str, A
 def folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """An empty folder to write in, which becomes ``path`` at the end, or vanishes at an error.
 
-    Raises ``BadInput`` where ``path`` is there already and not an empty folder.
+    Raises ``BadInput`` where ``path`` is there already and not an empty folder, or can be none.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise BadInput(f"{path}: is there already; give a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise BadInput(f"{path}: is there already; give a new folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        if disk_trouble(error):
+            raise
+        raise BadInput(f"{path}: no folder can be made there ({error.strerror})") from error
     try:
         yield temporary
         os.chmod(temporary, 0o755)

@@ -40,6 +40,21 @@ ROPE_SCALINGS = {  # by kind; the names are both ours and theirs
     },
     "longrope": ROPE_FIELDS | {"short_factors": "short_factor", "long_factors": "long_factor"},
 }
+TYPES = {  # of what is computed with before the decoder's settings are made, which check the rest
+    "architectures": tuple[str, ...],
+    "hidden_activation": str,
+    "hidden_act": str,
+    "layer_types": tuple[str, ...],
+    "max_position_embeddings": int,
+    "max_window_layers": int,
+    "num_hidden_layers": int,
+    "original_max_position_embeddings": int,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "rope_type": str,
+    "sliding_window": int,
+    "type": str,
+}
 ACTIVATIONS = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 # What would change the function and that the decoder has not; missing is as good.
 ONLY = {
@@ -94,7 +109,8 @@ def from_transformers(given: dict[str, Any]) -> tuple[ModelConfig, int]:
     Raises:
       BadInput: an unknown architecture, a missing key, or a setting that the decoder has not.
     """
-    architecture = (given.get("architectures") or ["none"])[0]
+    said = _said(given)
+    architecture = (said.get("architectures") or ["none"])[0]
     if architecture not in FAMILIES:
         raise BadInput(
             f"config.json: the architecture {architecture!r}: must be one of"
@@ -102,14 +118,14 @@ def from_transformers(given: dict[str, Any]) -> tuple[ModelConfig, int]:
         )
     family = FAMILIES[architecture]
     missing = {k: v for k, v in (MISSING | family.missing).items() if k not in given}
-    said = missing | {key: value for key, value in given.items() if value is not None}
+    said = missing | said
     for key, allowed in ONLY.items():
         if key in said and said[key] not in allowed:
             raise BadInput(f"config.json: {key} = {said[key]!r}: is not known to the decoder")
     said.setdefault("num_key_value_heads", said.get("num_attention_heads"))
     said.setdefault("head_dim", 0)
     # Gemma's first files say `gelu` and mean its approximation, as transformers reads them.
-    activation = said.get("hidden_activation", said["hidden_act"])
+    activation = said.get("hidden_activation", said.get("hidden_act"))
     known = ACTIVATIONS | ({"gelu": "geglu"} if "scaled_embedding" in family.settings else {})
     if activation not in known:
         raise BadInput(
@@ -137,6 +153,14 @@ def from_transformers(given: dict[str, Any]) -> tuple[ModelConfig, int]:
     return configuration.from_config_dict(values, ModelConfig, "config.json as model"), positions
 
 
+def _said(given: dict[str, Any]) -> dict[str, Any]:
+    """What is not null. Raises ``BadInput`` for another type than ``TYPES`` has."""
+    said = {key: value for key, value in given.items() if value is not None}
+    for key in said.keys() & TYPES.keys():
+        said[key] = configuration.typed(said[key], TYPES[key], f"config.json: {key}")
+    return said
+
+
 def _window_from(said: dict[str, Any]) -> int:
     """The window of all layers. Raises ``BadInput`` where only some have one."""
     layers = said["num_hidden_layers"]
@@ -147,13 +171,13 @@ def _window_from(said: dict[str, Any]) -> int:
     ]
     if len(set(kinds)) > 1:
         raise BadInput("config.json: layer_types: must be one for all layers, of attention")
-    return window if window and kinds[0] == "sliding_attention" else 0
+    return window if window and "sliding_attention" in kinds else 0
 
 
 def _rope_from(said: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     """The base, and the section ``rope_scaling``."""
     given = (said.get("rope_scaling") or {}) | (said.get("rope_parameters") or {})
-    given = {"rope_theta": said["rope_theta"]} | {k: v for k, v in given.items() if v is not None}
+    given = {"rope_theta": said.get("rope_theta")} | _said(given)
     base, legacy = given.pop("rope_theta"), given.pop("type", "default")
     kind = given.pop("rope_type", legacy)
     if given.get("partial_rotary_factor") == 1:
@@ -171,7 +195,7 @@ def _rope_from(said: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     original = "original_max_position_embeddings"
     if original in names.values():
         given.setdefault(original, said.get(original, positions))
-        given.setdefault("factor", positions / given[original])
+        given.setdefault("factor", positions / (given[original] or 1))  # 0 is refused as ours
     if unknown := set(given) - set(names.values()):
         raise BadInput(f"config.json: {kind} rotary positions with {', '.join(sorted(unknown))}")
     values = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
@@ -184,12 +208,12 @@ def to_transformers(model: ModelConfig, positions: int) -> dict[str, Any]:
     ``positions``: the longest sequence. Raises ``BadInput`` where there is no such family, naming
     the settings that the nearest one has not.
     """
-    wanted, nearest_family = canonical(model), None
+    wanted, nearest_family = canonical(model, positions), None
     for architecture in FAMILIES:
         if architecture == "LlamaForCausalLM" and model.d_model % model.n_heads:
             continue  # transformers refuses it, of this family alone
         written = _written(wanted, positions, architecture)
-        read = canonical(from_transformers(written)[0])
+        read = canonical(*from_transformers(written))
         unlike = list(
             configuration.differences(
                 configuration.to_dict(wanted), configuration.to_dict(read), "model"
@@ -205,10 +229,11 @@ def to_transformers(model: ModelConfig, positions: int) -> dict[str, Any]:
     )
 
 
-def canonical(model: ModelConfig) -> ModelConfig:
+def canonical(model: ModelConfig, positions: int) -> ModelConfig:
     """``model`` with every setting that does not change its function at its default.
 
-    What has two spellings gets one of them: NTK's scaling is a larger base, for one.
+    What has two spellings gets one of them: NTK's scaling is a larger base, for one. No sequence is
+    longer than ``positions``.
     """
     scaling, base = model.rope_scaling, model.rope_base
     if scaling.kind == "ntk":
@@ -230,6 +255,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
         **{name: getattr(plain, name) for name in EXECUTION},
         rope_base=base,
         rope_scaling=scaling,
+        sliding_window=model.sliding_window if model.sliding_window < positions else 0,
         moe=moe,
         d_ff=d_ff,
     )

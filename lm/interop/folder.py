@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm.command import BadInput, json_object
+from lm.config import typed
 
 INDEX = "model.safetensors.index.json"
 # What goes along with the weights: read by transformers, and of these tokenizer.json by us.
@@ -32,7 +33,9 @@ class Folder:
         self.path = path
         self.config = json_object(path / "config.json")
         if (path / INDEX).exists():
-            files = sorted(set(json_object(path / INDEX).get("weight_map", {}).values()))
+            told = f"{path / INDEX}: weight_map"
+            file_of = typed(json_object(path / INDEX).get("weight_map"), dict, told)
+            files = sorted(set(typed(list(file_of.values()), tuple[str, ...], told)))
             for name in files:
                 if Path(name).name != name:
                     raise BadInput(f"{path / INDEX}: {name!r} is not a file of this folder")
@@ -52,8 +55,10 @@ class Folder:
 
     def companions(self) -> dict[str, bytes]:
         """The content of the COMPANIONS that are there."""
-        there = (self.path / name for name in COMPANIONS)
-        return {path.name: path.read_bytes() for path in there if path.exists()}
+        there = [path for name in COMPANIONS if (path := self.path / name).exists()]
+        if folders := [path for path in there if path.is_dir()]:
+            raise BadInput(f"{folders[0]}: is a folder; a file is needed")
+        return {path.name: path.read_bytes() for path in there}
 
 
 def _open(path: Path) -> Any:

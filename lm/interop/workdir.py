@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from lm import arithmetic
 from lm.checkpoint import SCHEMA, Checkpoints, claim, context, load_config, load_params
 from lm.command import BadInput, json_object, write_atomically
-from lm.config import Config, LoraConfig, MeshConfig, replace, to_dict
-from lm.data import open_template, open_tokenizer
+from lm.config import Config, LoraConfig, MeshConfig, replace, to_dict, typed
+from lm.data import chat, open_template, open_tokenizer
 from lm.data.chat import end_of_turn
 from lm.data.tokenizers import JsonTokenizer, Tokenizer
 from lm.interop import tokenizer as tokenizers
@@ -45,13 +45,18 @@ def import_weights(
     companions = source.companions()
     if "tokenizer.json" not in companions:
         raise BadInput(f"{given}: has no tokenizer.json; transformers' save_pretrained writes one")
-    said = json_object(given / GENERATION, companions.get(GENERATION, b"{}").decode())
+    said = json_object(given / GENERATION, companions.get(GENERATION, b"{}"))
     marks = {key: source.config[key] for key in MARKS if source.config.get(key) is not None}
+    for key, mark in (*marks.items(), *((key, said.get(key)) for key in MARKS)):
+        if mark is not None:
+            typed(mark if isinstance(mark, list) else [mark], tuple[int, ...], f"{given}: {key}")
     if not marks.keys() <= said.keys():
         companions[GENERATION] = json.dumps(marks | said).encode()
     for name, content in companions.items():
         (workdir / name).write_bytes(content)
-    tokenizer = JsonTokenizer((workdir if given.is_file() else given) / "tokenizer.json")
+    path = (workdir if given.is_file() else given) / "tokenizer.json"
+    tokenizer = JsonTokenizer(path)
+    chat.open_template(str(path), tokenizer)
     if tokenizer.vocab_size > model.vocab_size:
         raise BadInput(
             f"{given}: the tokenizer has {tokenizer.vocab_size} ids, the embedding"
@@ -82,7 +87,7 @@ def merge_weights(workdir: Path, to: Path) -> dict[str, Any]:
     plain = replace(
         config,
         model={"lora": to_dict(LoraConfig())},
-        train={"init_from": ""},
+        train={"init_from": "", "loss_chunk": 0},  # which need not divide the context
         data={"seq_len": context(workdir)},
     )
     return _save(to, plain, params, "merged")

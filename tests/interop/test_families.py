@@ -131,10 +131,39 @@ def test_rotary_positions_in_the_spellings_of_the_years(said, expected):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}}, "with mscale"),
         ({"num_key_value_heads": 5}, "must divide model.n_heads = 32"),
+        ({"architectures": [3]}, "architectures[0] = 3: must be of type str"),
+        ({"max_position_embeddings": "64"}, "max_position_embeddings = '64': must be of type int"),
+        ({"rope_scaling": ["linear"]}, "rope_scaling = ['linear']: must be of type dict"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type = ['linear']: must be of type"),
+        ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}},
+         "original_positions = 0: must be above 0"),
+        ({"rope_theta": None}, "rope_base = None: must be of type float"),
+        ({"hidden_act": None}, "hidden_act = None: must be one of"),
     ],
-)
+)  # fmt: skip
 def test_what_the_decoder_has_not_is_refused_by_name(said, says):
     assert says in refusal(from_transformers, LLAMA3 | said)
+
+
+WRONG = ["a", "", [], [3], [["a"]], {}, {"a": 1}, True, 0, -1, 1.5, math.nan, None]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_value_of_any_type_is_taken_or_refused(architecture):
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": None}
+    sizes |= {"sliding_window": 7, "use_sliding_window": True, "hidden_activation": None}
+    given = LLAMA3 | sizes | {"max_window_layers": 0, "architectures": [architecture]}
+    rope = LLAMA3["rope_scaling"] | {"type": None}
+    cases = [{key: value} for key in given for value in WRONG]
+    cases += [{"rope_scaling": rope | {key: value}} for key in rope for value in WRONG]
+    taken = 0
+    for case in cases:
+        try:
+            from_transformers(given | case)
+            taken += 1
+        except BadInput as error:
+            assert "\n" not in str(error)
+    assert 0 < taken < len(cases) / 2
 
 
 def test_layers_of_two_kinds_are_refused():
@@ -153,6 +182,7 @@ EXPORTED = {
         {"rope_scaling": RopeScalingConfig("yarn", 8.0, 16, attention_factor=1.5)},
         {"rope_scaling": RopeScalingConfig("linear", 2.0)},
         {"rope_scaling": RopeScalingConfig("ntk", 2.0)},
+        {"sliding_window": 64},  # as long as the sequence
         {"scan_layers": True, "remat": "full", "dtype": "bfloat16"},
     ],
     "Mistral": [{"sliding_window": 7}, {"d_model": 30, "head_width": 8}],
@@ -177,7 +207,7 @@ def test_the_family_that_computes_the_same_is_found_and_read_back(architecture):
         assert written["architectures"] == [f"{architecture}ForCausalLM"]
         assert written["model_type"] == architecture.lower()
         back, positions = from_transformers(written)
-        assert canonical(back) == canonical(model) and positions == 64
+        assert canonical(back, 64) == canonical(model, 64) and positions == 64
     assert f"{architecture}ForCausalLM" in FAMILIES and len(EXPORTED) == len(FAMILIES)
 
 

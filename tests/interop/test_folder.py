@@ -104,6 +104,14 @@ def test_an_index_that_points_outside_is_refused(name, tmp_path):
         Folder(folder)
 
 
+@pytest.mark.parametrize("weights", [None, ["a"], {"a": 3}, {"a": ["x.safetensors"]}], ids=str)
+def test_an_index_of_no_files_is_refused(weights, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(BadInput, match=f"{INDEX}: weight_map.* must be of type"):
+        Folder(tmp_path)
+
+
 def test_pickled_weights_are_no_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))

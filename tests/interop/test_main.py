@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
 from lm import command
-from lm.checkpoint import Checkpoints, claim, load_config, load_params
+from lm.checkpoint import Checkpoints, claim, context, load_config, load_params
 from lm.config import Config, MeshConfig, replace
 from lm.data import open_tokenizer
 from lm.data.tokenizers import END_OF_TEXT, ByteTokenizer, JsonTokenizer
@@ -19,6 +19,7 @@ from lm.interop.tensors import pieces
 from lm.interop.tokenizer import companions
 from lm.model import Decoder
 from lm.model.lora import NAMES
+from lm.model.rotary import UNSCALED
 from lm.sharding import make_mesh
 from lm.train.loop import train
 from tests.data.test_chat import folder as chat_folder  # noqa: F401
@@ -154,9 +155,24 @@ def change(path, **changes):
     (path / "config.json").write_text(json.dumps(config | changes))
 
 
+def tokens(path, **settings):
+    (path / "chat_template.jinja").unlink()
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 @pytest.mark.parametrize(
     "harm, says",
     [
+        (lambda path: change(path, eos_token_id="abc"), "eos_token_id[0] = 'abc': must be of type"),
+        (lambda path: (path / f"{GENERATION}.json").write_bytes(b"\xff"), "not JSON"),
+        (lambda path: (path / f"{GENERATION}.json").mkdir(), "is a folder; a file is needed"),
+        (
+            lambda path: (path / f"{GENERATION}.json").write_text('{"bos_token_id": [1, {}]}'),
+            "bos_token_id[1] = {}: must be of type int",
+        ),
+        (lambda path: tokens(path, chat_template=[1]), "chat_template = [1]: must be of type str"),
+        (lambda path: tokens(path, chat_template="{% if %}"), "the chat template: Expected an"),
+        (lambda path: tokens(path, eos_token={"a": 1}), "eos_token = {'a': 1}: must be of type"),
         (lambda path: change(path, architectures=["GPT2LMHeadModel"]), "the architecture"),
         (lambda path: change(path, num_hidden_layers=3), "tensors are missing: model.layers.2."),
         (lambda path: change(path, num_hidden_layers=1), "tensors fit nowhere: model.layers.1."),
@@ -177,6 +193,36 @@ def test_bad_folders_are_2_one_line_and_nothing_is_left(call, folder, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
+YARN = {"kind": "yarn", "original_positions": 32, "factor": 4.0}
+LLAMA3 = {"kind": "llama3", "original_positions": 8, "factor": 32.0}
+
+
+@pytest.mark.parametrize("scaling, positions", [(YARN, 128), (LLAMA3, 32)], ids=str)
+def test_positions_stay_as_the_file_had_them(call, folder, tmp_path, scaling, positions):
+    """Whatever the context of the model is."""
+    model = replace(CONFIG, model={"rope_scaling": {**vars(UNSCALED), **scaling}}).model
+    change(folder, **to_transformers(model, 32))
+    assert call("import", f"--from={folder}", f"--to={tmp_path / 'run'}")[0] == 0
+    assert context(tmp_path / "run") == positions
+    assert call("export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}")[0] == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["max_position_embeddings"] == 32
+
+
+def test_the_context_of_what_was_tuned_goes_out(call, tmp_path):
+    """Of adapters trained on shorter texts than the model, merged or not."""
+    claim(tmp_path / "base", CONFIG)
+    train = {"init_from": str(tmp_path / "base"), "loss_chunk": 12}
+    tuned = replace(CONFIG, data={"seq_len": 12}, train=train, model={"lora": {"rank": 1}})
+    saved(tmp_path / "run", tuned, random_params(tuned))
+    assert call("merge", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'merged'}")[0] == 0
+    assert load_config(tmp_path / "merged").data.seq_len == 32
+    for name in ("run", "merged"):
+        assert call("export", f"--from={tmp_path / name}", f"--to={tmp_path / 'hf' / name}")[0] == 0
+        written = json.loads((tmp_path / "hf" / name / "config.json").read_text())
+        assert written["max_position_embeddings"] == 32
+
+
 def test_bad_arguments_are_2_and_one_line(call, folder, tmp_path):
     for arguments, says in (
         (["import", f"--from={folder}"], "--to is missing"),
@@ -188,6 +234,8 @@ def test_bad_arguments_are_2_and_one_line(call, folder, tmp_path):
         ),
         (["export", f"--from={tmp_path}", f"--to={tmp_path / 'x'}"], "no run here"),
         (["improt"], "did you mean 'import'?"),
+        (["import", f"--from={folder}", f"--to={folder / 'config.json' / 'x'}"], "no folder can"),
+        (["import", f"--from={folder}", "--to=/proc/x/y"], "no folder can be made there"),
     ):
         code, _, err = call(*arguments)
         assert code == 2 and says in err
