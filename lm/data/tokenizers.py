@@ -35,7 +35,7 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, uint16[len(text in UTF-8)]; no end of text is added."""
-        return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -52,7 +52,7 @@ class ByteTokenizer:
                 starts.append(at)
                 at += len(END_OF_TEXT)
             for character in part:
-                data = character.encode()
+                data = _utf8(character)
                 ids += data
                 starts += [at] * len(data)
                 at += 1
@@ -111,6 +111,7 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, uint32; no special token is added."""
+        _utf8(text)
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -119,6 +120,7 @@ class JsonTokenizer:
 
     def encode_marked(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """As ``ByteTokenizer.encode_marked``."""
+        _utf8(text)
         self._tokenizer.encode_special_tokens = False
         try:
             found = self._tokenizer.encode(text, add_special_tokens=False)
@@ -133,6 +135,14 @@ class JsonTokenizer:
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer
+
+
+def _utf8(text: str) -> bytes:
+    """Raises ``BadInput`` for half of a surrogate pair, as a flag's bad bytes become."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{text[error.start]!r} in a text: is no character") from error
 
 
 def decode_after(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:

@@ -9,9 +9,12 @@ TFDS name) every document on its own. A task is a file of JSON lines, {"prompt",
 "answer"} or {"prompt", "target"}. Standard errors are between documents, and between questions.
 """
 
+import errno
 import json
+import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 from absl import flags
@@ -36,13 +39,13 @@ flags.DEFINE_integer("batch_tokens", 8_192, "Positions computed at a time.", fla
 flags.DEFINE_multi_string("task", [], "A task file; may be repeated.", flag_values=FLAGS)
 flags.DEFINE_integer("shots", 0, "Questions shown with their answers.", flag_values=FLAGS)
 flags.DEFINE_string("shots_from", None, "Their file (the task's own).", flag_values=FLAGS)
-flags.DEFINE_integer("shots_seed", None, "Draws them (else the first).", flag_values=FLAGS)
+flags.DEFINE_integer("shots_seed", None, "Draws them (else the first).", 0, flag_values=FLAGS)
 flags.DEFINE_bool("reasoning", False, "Shots show theirs: chain of thought.", flag_values=FLAGS)
 flags.DEFINE_string("answer", None, "A text's last match of this regex.", flag_values=FLAGS)
 flags.DEFINE_integer("max_tokens", 64, "Of an answer, at most.", flag_values=FLAGS)
 flags.DEFINE_integer("samples", 1, "Of a question, which vote.", flag_values=FLAGS)
 flags.DEFINE_float("temperature", 0.0, "Of the samples.", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "Of the samples.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Of the samples.", 0, flag_values=FLAGS)
 flags.DEFINE_string("gap", " ", "Between question and answer.", flag_values=FLAGS)
 flags.DEFINE_string("between", r"\n\n", "Between answer and question.", flag_values=FLAGS)
 flags.DEFINE_bool("cut", False, "Prompts too long lose their start.", flag_values=FLAGS)
@@ -62,11 +65,17 @@ def main() -> None:
     for name, needed in GO_WITH.items():
         if FLAGS[name].value != FLAGS[name].default and not FLAGS[needed].value:
             raise BadInput(f"--{name} goes with --{needed}, which is not given")
+    if FLAGS.task and FLAGS.split and not FLAGS.corpus:
+        raise BadInput("--split does not go with --task alone: a task has no parts")
+    if FLAGS.tokens and (FLAGS.task or FLAGS.corpus):
+        raise BadInput("--tokens goes with the run's own data, not with --corpus or --task")
     for name in ("seq_len", "stride", "tokens", "documents"):
         if FLAGS[name].value < 0:
             raise BadInput(f"--{name}={FLAGS[name].value}: must be 0 or more")
     if FLAGS.batch_tokens < 1:
         raise BadInput(f"--batch_tokens={FLAGS.batch_tokens}: must be 1 or more")
+    if FLAGS.records:
+        _check_file("--records", FLAGS.records)
     tasks = _tasks()
     from lm.evaluate.corpus import held_out, summarise, texts
     from lm.evaluate.scorer import Scorer
@@ -82,6 +91,18 @@ def main() -> None:
     if tasks:
         told["tasks"] = _judge(scorer, tasks)
     print(json.dumps({"schema": 1, **told}) if FLAGS.json else _shown(told))
+
+
+def _check_file(flag: str, given: str) -> None:
+    """Raises ``BadInput`` unless a file can be written there, in folders that may still be made."""
+    path = Path(given)
+    try:
+        there = next(p for p in path.absolute().parents if p.exists())
+        tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=there).close()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise BadInput(f"{flag}={given}: cannot be written ({error.strerror})") from error
 
 
 def _tasks() -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.checkpoint import load_config
-from lm.command import BadInput
+from lm.command import BAD_INPUT, BadInput
 from lm.data import open_template, open_tokenizer
 from lm.data.chat import end_of_turn
 from lm.evaluate.corpus import rolling
@@ -124,4 +124,8 @@ class HarnessModel(LM):
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except BadInput as error:  # lm-eval has the flags, so command.run cannot
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)

@@ -97,6 +97,7 @@ def read_examples(path: str | Path) -> list[Example]:
 def _example(line: str, where: str) -> Example:
     try:
         given = json.loads(line)
+        json.dumps(given, ensure_ascii=False).encode()  # JSON can spell half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON ({error})") from error
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):

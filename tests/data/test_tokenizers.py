@@ -84,6 +84,13 @@ def test_bpe_round_trip_and_bytes(bpe, text):
     assert bpe.token_bytes[ids].sum() == len(text.encode())
 
 
+def test_half_of_a_surrogate_pair_is_refused(bpe):
+    for tokenizer in (bpe, tokenizers.ByteTokenizer()):
+        for encode in (tokenizer.encode, tokenizer.encode_marked):
+            with pytest.raises(BadInput, match=r"'\\ud800' in a text: is no character"):
+                encode("a\ud800b")
+
+
 def test_bpe_saved_and_reloaded(bpe, tmp_path):
     again = tokenizers.JsonTokenizer(bpe.name)
     assert again.fingerprint == bpe.fingerprint

@@ -4,6 +4,8 @@ Offline: tasks are local files.
 """
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -144,6 +146,15 @@ def test_chats_are_written_by_the_runs_template(workdir):
 def test_an_end_of_turn_ends_what_is_written(tmp_path):
     model = HarnessModel(str(run_of_ends(tmp_path)), max_gen_toks=3)
     assert model.generate_until([Instance("generate_until", {}, ("ab", {}), 0)]) == [""]
+
+
+def test_bad_input_is_one_line_of_the_command():
+    argv = ["run", "--model", "lm", "--model_args", "workdir=nowhere", "--tasks", "lambada_openai"]
+    told = subprocess.run(
+        [sys.executable, "-m", "lm.evaluate.harness", *argv], capture_output=True, text=True
+    )
+    assert told.returncode == 2 and "Traceback" not in told.stderr
+    assert told.stderr.splitlines()[-1].startswith("error: nowhere: no run here")
 
 
 def test_how_a_task_asks_for_text(workdir):

@@ -84,11 +84,20 @@ def test_corpora_and_tasks_as_tables(capsys, workdir, text_data, tmp_path):
         (("--task={sums}", "--max_tokens=0"), "max_tokens = 0: must be at least 1"),
         (("--task={sums}", "--max_tokens=99"), "must be at most 64 together"),
         (("--task={sums}", "--reasoning"), "without 'reasoning'"),
+        (("--task={sums}", "--split=bogus"), "--split does not go with --task alone"),
+        (("--task={sums}", "--tokens=5"), "--tokens goes with the run's own data"),
+        (("--corpus=text:*.txt", "--tokens=5"), "--tokens goes with the run's own data"),
+        (("--task={sums}", "--seed=-1"), "--seed=-1"),
+        (("--task={sums}", "--shots=1", "--shots_seed=-1"), "--shots_seed=-1"),
+        (("--task={sums}", "--records={folder}"), "cannot be written (Is a directory)"),
+        (("--task={sums}", "--records={sums}/a/b"), "cannot be written (Not a directory)"),
+        (("--task={sums}", "--records=" + 250 * "r"), "cannot be written (File name too long)"),
+        (("--task={sums}", "--shots=1", "--gap=\udcff"), "'\\udcff' in a text: is no character"),
     ],
 )
 def test_bad_input_is_one_line(capsys, workdir, tmp_path, argv, line):
     sums = tmp_path / "sums.jsonl"
     sums.write_text('{"prompt": "1+1=", "target": "2"}\n{"prompt": "2+2=", "target": "4"}\n')
-    code, told = run(capsys, workdir, *(arg.format(sums=sums) for arg in argv))
+    code, told = run(capsys, workdir, *(arg.format(sums=sums, folder=tmp_path) for arg in argv))
     assert code == 2 and line in told.err and len(told.err.splitlines()) == 1
     assert told.out == ""

@@ -174,6 +174,7 @@ def test_a_model_that_is_asked():
         ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "'answer' = 2: must be one"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "'answer' = True"),
         ('{"prompt": "a", "choices": ["b", "c"]}', "'answer' = None"),
+        ('{"prompt": "a", "target": "\\ud800"}', "line 1: not JSON .*surrogates not allowed"),
         ("", "holds no question"),
     ],
 )

@@ -101,6 +101,9 @@ def test_samples_the_best_of_them_and_their_vote(capsys, workdir):
         (("--prompt=",), "an empty prompt: must have at least one token"),
         (("--prompt=a", "--samples=0"), "--samples=0: must be at least 1"),
         (("--prompt=a", "--vote=("), "--vote=(: not a regular expression"),
+        (("--prompt=a\udcff",), "'\\udcff' in a text: is no character"),
+        (("--prompt=a\udcff", "--chat"), "'\\udcff' in a text: is no character"),
+        (("--prompt=a", "--seed=99999999999999999999"), "--seed=99999999999999999999"),
         (("--prompt=a", "--workdir=nowhere"), "nowhere: no run here"),
         (
             ("--prompt=a", "--prompt=" + 64 * "a"),
