@@ -4,6 +4,7 @@ Axes in names as in ``lm/model/decoder.py``.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from lm.checkpoint import load_config, load_params
 from lm.command import BadInput
-from lm.config import Config, MeshConfig, check_vocabulary, replace
+from lm.config import Config, MeshConfig, ModelConfig, check_vocabulary, replace
 from lm.data import Batch, open_tokenizer
 from lm.data.chat import stops
 from lm.data.tokenizers import Tokenizer, decode_after
@@ -25,6 +26,7 @@ from lm.generate.decode import Completion, Generator
 from lm.generate.sampling import Sampling
 from lm.model import Decoder
 from lm.model.loss import logits
+from lm.model.rotary import laid_out
 from lm.sharding import batch_shards, lay, layout, make_mesh, named_sharding, placed
 
 Text = str | Sequence[int]  # as it is, or as token ids
@@ -100,12 +102,11 @@ class Scorer:
         self._mesh, self._batch_tokens, self._marked = mesh, batch_tokens, marked
         self._stop = list(stop) or [tokenizer.end_of_text]
         self._layout = layout(config, mesh)
-        longest = trained if config.model.position == "learned" else self.max_length
-        model = dataclasses.replace(config.model, remat="none")
-        self._decoder = Decoder(model, longest)
+        self._longest = trained if config.model.position == "learned" else self.max_length
+        self._model = dataclasses.replace(config.model, remat="none")
         # Among rows of other lengths experts drop no token.
-        moe = dataclasses.replace(model.moe, dispatch="auto")
-        self._dropless = Decoder(dataclasses.replace(model, moe=moe), longest)
+        moe = dataclasses.replace(config.model.moe, dispatch="auto")
+        self._dropless = dataclasses.replace(self._model, moe=moe)
         self._run = jax.jit(self._judge, static_argnums=0)
         self._generators: dict[tuple, Generator] = {}
 
@@ -136,7 +137,7 @@ class Scorer:
 
     def judge(self, batch: Batch) -> Judged:
         """Every target of a batch of ``rows`` as training reads it: experts' capacity and all."""
-        return self._judged(self._decoder, batch)
+        return self._judged(self._model, batch)
 
     def log_likelihoods(
         self, pairs: Iterable[tuple[Text, Text]], cut: bool = False
@@ -144,7 +145,8 @@ class Scorer:
         """Each (context, continuation)'s continuation.
 
         Pairs of text become tokens as ``encode_pair`` says. Rows are padded to a power of two of
-        positions and computed together; each such bucket compiles once.
+        positions and computed together; each such bucket compiles once. Under LongRoPE the short
+        factors judge a row of at most its original positions, the long ones any other.
 
         Args:
           pairs: texts, or tokens.
@@ -229,10 +231,13 @@ class Scorer:
         ids = [self._prompt(prompt, max_tokens, cut) for prompt in prompts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         found: list[Generated] = [None] * len(ids)
-        for chunk, n_rows in self._chunks(order, batch_size):
+        # Under LongRoPE what a prompt may come to, not its neighbours, says which factors turn it.
+        alike = itertools.groupby(order, lambda i: self._is_plain(len(ids[i]) + max_tokens))
+        chunks = [chunk for _, some in alike for chunk in self._chunks(list(some), batch_size)]
+        for chunk, n_rows in chunks:
             # Rows that fill a batch up repeat its last, so that all have a compiled program.
             filled = [ids[i] for i in chunk] + [ids[chunk[-1]]] * (n_rows - len(chunk))
-            positions = min(_power_of_two(len(filled[-1]) + max_tokens), self.max_length)
+            positions = self._width(len(filled[-1]) + max_tokens)
             stream = self._generator(positions, sampling).stream(
                 *(filled, max_tokens, _seed(seed, chunk[0])), every=16 if until else max_tokens
             )
@@ -289,7 +294,15 @@ class Scorer:
         return tokens, n
 
     def _width(self, n: int) -> int:
-        return min(max(_power_of_two(n), SHORTEST), self.max_length)
+        """Of a bucket that takes ``n`` positions; under LongRoPE both have the same factors."""
+        last = self.max_length
+        if not self._is_plain(n):
+            last = min(last, self._model.rope_scaling.original_positions)
+        return min(max(_power_of_two(n), SHORTEST), last)
+
+    def _is_plain(self, n: int) -> bool:
+        """Whether ``n`` positions are not turned by LongRoPE's short factors."""
+        return laid_out(self._model, n) is self._model
 
     def _chunks(self, members: list[int], most: int) -> Iterator[tuple[list[int], int]]:
         """The members, ``most`` at a time, and the rows they take: a power of two where it can."""
@@ -300,15 +313,15 @@ class Scorer:
             n_rows = max(shards, _power_of_two(len(chunk)))
             yield chunk, min(most, -(-n_rows // shards) * shards)
 
-    def _judged(self, decoder: Decoder, batch: Batch) -> Judged:
+    def _judged(self, model: ModelConfig, batch: Batch) -> Judged:
         here, n = np.arange(len(batch.inputs_BT)), len(batch.inputs_BT)
         sharding = named_sharding(self._mesh, self._layout, "batch", None)
         batch = jax.tree.map(lambda x: lay(x, here, n, 0, sharding), batch)
         with jax.set_mesh(self._mesh), placed(self._mesh, self._layout):
-            return self._run(decoder, self.params, batch)
+            return self._run(laid_out(model, batch.inputs_BT.shape[1]), self.params, batch)
 
-    def _judge(self, decoder: Decoder, params: Any, batch: Batch) -> Judged:
-        apply = partial(decoder.apply, {"params": params})
+    def _judge(self, model: ModelConfig, params: Any, batch: Batch) -> Judged:
+        apply = partial(Decoder(model, self._longest).apply, {"params": params})
         x_BTD, _ = apply(*(batch.inputs_BT, batch.segments_BT, batch.positions_BT), method="hidden")
         unembedding_DV = apply(method="unembedding")
         b, t = batch.targets_BT.shape

@@ -10,10 +10,11 @@ from flax.core import meta
 
 from lm.checkpoint import SCHEMA, Checkpoints, claim
 from lm.command import BadInput
-from lm.config import Config, MeshConfig, ModelConfig, replace
+from lm.config import Config, MeshConfig, ModelConfig, RopeScalingConfig, replace
 from lm.data.tokenizers import ByteTokenizer, JsonTokenizer, train_bpe
 from lm.evaluate import Scorer
 from lm.evaluate import scorer as module
+from lm.generate.decode import Completion, Generator
 from lm.generate.sampling import Sampling
 from lm.model import Decoder
 from lm.sharding import make_mesh
@@ -23,6 +24,7 @@ CONFIG = Config(
     model=ModelConfig(vocab_size=264, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24)
 )
 CONFIG = replace(CONFIG, data={"seq_len": 48})
+SHORT, LONG = (1.0, 1.0, 1.0, 1.0), (1.0, 9.0, 50.0, 99.0)
 PAIRS = [
     ("To be, or", " not to be"),
     ("", "It was a"),
@@ -130,6 +132,32 @@ def test_the_settings_of_the_weights_and_the_caller_say_what_ends_a_text(tmp_pat
     monkeypatch.setattr(module, "Generator", lambda *given, stop: stop)
     for given, wanted in (((), [7]), ((281,), [7, 281])):
         assert Scorer.open(workdir, stop=given)._generator(8, Sampling()) == wanted
+
+
+def test_longrope_judges_a_text_as_it_was_written(monkeypatch):
+    """By the short factors up to the original 20 positions, by the long ones beyond."""
+    scaling = RopeScalingConfig("longrope", 2.4, 20, short_factors=SHORT, long_factors=LONG)
+    scorer, decoder, params = made(
+        replace(CONFIG, model={"n_layers": 1, "rope_scaling": vars(scaling)})
+    )
+    tokens = np.random.default_rng(0).integers(0, 256, 27).tolist()
+    prompt, beyond = tokens[:14], (tokens[:18], tokens[18:])
+    writer = Generator(scorer.config, params, 20, scorer._mesh, Sampling(temperature=0))
+    (written,) = writer([prompt], 6)
+    short, long = scorer.log_likelihoods([(prompt, written.tokens), beyond])
+    np.testing.assert_allclose(short.token_log_probs, written.log_probabilities, atol=1e-5)
+    assert short.greedy
+    assert_exact([long], decoder, params, [beyond])
+
+    class Writer(list):
+        def stream(self, prompts, *_, every):
+            self.extend(map(len, prompts))
+            yield [Completion([], [], True, 0.0)] * len(prompts)
+
+    writers = {}
+    monkeypatch.setattr(scorer, "_generator", lambda n, _: writers.setdefault(n, Writer()))
+    scorer.generate([tokens[:15], prompt, tokens[:4]], 6)
+    assert {n: sorted(set(rows)) for n, rows in writers.items()} == {20: [4, 14], 32: [15]}
 
 
 def test_a_bucket_compiles_once(bytewise):
