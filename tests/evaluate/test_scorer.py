@@ -137,17 +137,24 @@ def test_the_settings_of_the_weights_and_the_caller_say_what_ends_a_text(tmp_pat
 def test_longrope_judges_a_text_as_it_was_written(monkeypatch):
     """By the short factors up to the original 20 positions, by the long ones beyond."""
     scaling = RopeScalingConfig("longrope", 2.4, 20, short_factors=SHORT, long_factors=LONG)
-    scorer, decoder, params = made(
-        replace(CONFIG, model={"n_layers": 1, "rope_scaling": vars(scaling)})
-    )
+    config = replace(CONFIG, model={"n_layers": 1, "rope_scaling": vars(scaling)})
+    scorer, _, params = made(config)
     tokens = np.random.default_rng(0).integers(0, 256, 27).tolist()
-    prompt, beyond = tokens[:14], (tokens[:18], tokens[18:])
-    writer = Generator(scorer.config, params, 20, scorer._mesh, Sampling(temperature=0))
+    prompt = tokens[:14]
+    writer = Generator(config, params, 20, scorer._mesh, Sampling(temperature=0))
     (written,) = writer([prompt], 6)
-    short, long = scorer.log_likelihoods([(prompt, written.tokens), beyond])
+    (short,) = scorer.log_likelihoods([(prompt, written.tokens)])
     np.testing.assert_allclose(short.token_log_probs, written.log_probabilities, atol=1e-5)
     assert short.greedy
-    assert_exact([long], decoder, params, [beyond])
+
+    def run(model, _, batch):
+        judged[len(batch.inputs_BT[0])] = model.rope_scaling.long_factors
+        return module.Judged(*[np.zeros(batch.inputs_BT.shape)] * 3)
+
+    judged = {}
+    monkeypatch.setattr(scorer, "_run", run)
+    scorer.log_likelihoods([(tokens[:18], tokens[18 : 18 + n]) for n in (3, 4)])
+    assert judged == {20: SHORT, 32: LONG}
 
     class Writer(list):
         def stream(self, prompts, *_, every):

@@ -1,4 +1,4 @@
-"""What a token costs at 128 and at 2,048; opt-in, as it needs an idle machine: LM_TIMINGS=1."""
+"""What a token costs: at 128, at 2,048, to transformers. Opt-in, when idle: LM_TIMINGS=1."""
 
 import os
 
@@ -33,3 +33,10 @@ def test_a_token_costs_what_its_position_does(mesh):
 def test_without_a_cache_it_grows_with_the_text(mesh):
     times = run.uncached(run.Program(run.CONFIG, mesh).init(0).params)
     assert times[512] > 3 * times[128]
+
+
+def test_it_writes_half_as_fast_again_as_transformers(mesh):
+    for name in ("torch", "transformers"):
+        pytest.importorskip(name, reason=f"{name} is not here; pip install '.[compare]'")
+    params = run.Program(run.CONFIG, mesh).init(0).params
+    assert run.beside_transformers(params, mesh)["ratio"] >= 1.5
