@@ -36,7 +36,7 @@ from lm.train.journal import Journal
 from lm.train.metrics import check_trackers
 from lm.train.pace import Pace
 from lm.train.profile import Profile
-from lm.train.recipe import Recipe, resolve
+from lm.train.recipe import resolve
 from lm.train.result import result
 from lm.train.step import Metrics, Program, State
 
@@ -51,7 +51,7 @@ class Progress:
     n_steps: int
     tokens: int
     flops: float  # done so far
-    loss: float  # nats a token, of the last step
+    loss: float  # nats a token, of the last step; of one that is evaluated on resume, as in the log
     validation_loss: float | None  # where this step was evaluated
     tokens_per_second: float  # of the last dispatch
     mfu: float  # of the last dispatch: its model FLOP/s over the devices' peak
@@ -114,8 +114,9 @@ def train(
         if config.train.checkpoint_every >= 0:
             check_shared(workdir)
             stopping = stack.enter_context(hosts.preemptible())
-        hooks = progress, stopping, profile
-        run = _Run(config, recipe, workdir, dataset, programs[key], start_from, *hooks)
+        run = _Run(
+            config, recipe, workdir, dataset, programs[key], start_from, progress, stopping, profile
+        )
         found = run.to_the_end()
         stopped = stopping()
     if stopped:
@@ -135,11 +136,11 @@ class _Run:
     """The state of one run in this process."""
 
     def __init__(
-        self, config, recipe: Recipe, workdir, dataset, program: Program, start_from, *hooks
+        self, config, recipe, workdir, dataset, program, start_from, progress, stopping, profile
     ):
         self.config, self.recipe, self.workdir = config, recipe, workdir
         self.dataset, self.program, self.start_from = dataset, program, start_from
-        self.progress, self.stopping, self.profile = hooks
+        self.progress, self.stopping, self.profile = progress, stopping, profile
         self.rows = program.rows(recipe.sequences)
         self.clock = program.clock = clock.Clock(read_heartbeat(workdir).get("seconds", {}))
         self.journal = Journal(config, recipe, workdir, self.clock, self._blame)
@@ -163,10 +164,12 @@ class _Run:
                 stack.enter_context(Heartbeat(self.workdir, self._sign_of_life))
             with self.clock.on(clock.START):
                 if self.config.train.checkpoint_every >= 0:
-                    train, kept_step = self.config.train, self.recipe.branch_step
                     self.checkpoints = Checkpoints(
-                        *(self.workdir, kept_step, train.keep_checkpoints, train.keep_every),
-                        period=train.checkpoint_every,
+                        self.workdir,
+                        kept_step=self.recipe.branch_step,
+                        newest=self.config.train.keep_checkpoints,
+                        every=self.config.train.keep_every,
+                        period=self.config.train.checkpoint_every,
                     )
                     stack.callback(self._close_checkpoints)
                 # Before this process waits for the others, as closing does.
@@ -175,45 +178,54 @@ class _Run:
                 stack.callback(self.profile.close)
                 self._begin()
             with self.clock.on(clock.STEP):
-                self.status = self._steps()
-                if self.status == "stopped":
+                try:
+                    self.status = self._steps()
+                except Preempted:
                     if not self._read(0) and self.step > self.began:
                         self._save()
                     return None
         found = result(
-            *(self.config, self.recipe, self.dataset),
-            *(self.status, self.step, self.rollbacks, self.scored, self.clock.seconds()),
+            self.config,
+            self.recipe,
+            self.dataset,
+            status=self.status,
+            step=self.step,
+            rollbacks=self.rollbacks,
+            scored=self.scored,
+            seconds=self.clock.seconds(),
         )
         if hosts.is_first():
             write_atomically(self.workdir / "result.json", json.dumps(found, indent=1))
         return found
 
     def _steps(self) -> str:
-        """Runs until it is ``done``, ``diverged``, or ``stopped`` with dispatches in flight."""
+        """Runs until it is ``done`` or ``diverged``.
+
+        Raises ``Preempted`` where it is to stop before; steps may be in flight then.
+        """
         while self.journal.unscored or self.step < self.recipe.n_steps:
             if saved := bool(self.journal.unscored):  # it was stopped amid the evaluation
-                trouble = self._evaluate()
-            elif self._is_to_stop():
-                return "stopped"
+                trouble = self._evaluate_again()
             else:
+                self._heed_signals()
                 if self.checkpoints:
                     self.checkpoints.check()
                 self._dispatch()
                 trouble = self._read(unread=0 if self._is_stop(self.step) else 1)
-            if self.journal.unscored:
-                return "stopped"
-            if trouble and not self._roll_back(trouble):
-                return "diverged"
-            if not trouble and not saved and self._saves_at(self.step):
+            if trouble:
+                if not self._roll_back(trouble):
+                    return "diverged"
+            elif not saved and self._saves_at(self.step):
                 # To be gone back to, a state must be one that took its last step.
                 if not self.skips or self.step in (self.recipe.n_steps, self.recipe.branch_step):
                     self._save()
         return "done"
 
-    def _is_to_stop(self) -> bool:
-        """Whether a signal came. What is saved at a step that is due may be gone back to: so never
-        amid skips."""
-        return self.stopping() and not (self.skips and self._saves_at(self.step))
+    def _heed_signals(self) -> None:
+        """Raises ``Preempted`` if one came. What is saved at a step that is due may be gone back
+        to: so never amid skips."""
+        if self.stopping() and not (self.skips and self._saves_at(self.step)):
+            raise Preempted
 
     def _dispatch(self) -> None:
         """Starts the steps up to the next stop; reads the batches after them meanwhile."""
@@ -250,7 +262,7 @@ class _Run:
                 self.journal.take(flight.start, metrics, n, n / rate, evaluates)
                 if evaluates:
                     trouble = self._evaluate()
-                if trouble or self.journal.unscored:
+                if trouble:
                     return trouble
                 self._tell(flight.end, float(metrics.loss[n - 1]), rate)
         return ""
@@ -265,15 +277,15 @@ class _Run:
 
     def _blame(self, step: int) -> list[dict[str, Any]]:
         """The worst documents of a batch; the state may be of some steps further on."""
-        of_batch = self.dataset, self.config.train.seed, step, self.recipe.sequences
-        return worst_documents(self.program, self.state.params, *of_batch)
+        seed, sequences = self.config.train.seed, self.recipe.sequences
+        return worst_documents(self.program, self.state.params, self.dataset, seed, step, sequences)
 
     def _roll_back(self, trouble: str) -> bool:
         """Goes back to the last checkpoint that was due, else to the first state, and on at a lower
         rate. False where it was done too often: the run has diverged."""
         self.flights.clear()
         self.state, found = None, None  # no two states at a time
-        if self.rollbacks == self.config.train.rollbacks:
+        if self.rollbacks >= self.config.train.rollbacks:
             self.journal.event(self.step, "diverged", reason=trouble)
             return False
         with self.clock.on(clock.START):
@@ -282,18 +294,17 @@ class _Run:
             state, meta = found or (self._first_state(), {})
         self.rollbacks += 1
         self.skips = 0
-        self.journal.event(
-            *(self.step, "rollback"),
-            **{"reason": trouble, "to": int(state.step), "rate_factor": self._rate_factor()},
-        )
+        to, factor = int(state.step), self._rate_factor()
+        self.journal.event(self.step, "rollback", reason=trouble, to=to, rate_factor=factor)
         self.clock.roll_back(meta.get("seconds", {}))
-        self.journal.roll_back(int(state.step), meta)
+        self.journal.roll_back(to, meta)
         self._take_up(state, meta)
         return True
 
     def _tell(self, step: int, loss: float, steps_per_second: float) -> None:
         recipe, (at, validation) = self.recipe, self.scored or (None, None)
         rate, left = steps_per_second * recipe.batch_tokens, recipe.n_steps - step
+        done, seconds = step - self.began, self.clock.work()
         self.told = Progress(
             step=step,
             n_steps=recipe.n_steps,
@@ -304,7 +315,7 @@ class _Run:
             tokens_per_second=rate,
             mfu=rate * recipe.flops_per_token / peak_flops(self.config.model.dtype),
             goodput=clock.goodput(self.clock.seconds()),
-            seconds_left=left * self.clock.work() / (step - self.began),
+            seconds_left=left * seconds / done if done else left / steps_per_second,
         )
         if self.progress:
             self.progress(self.told)
@@ -331,16 +342,22 @@ class _Run:
         self.clock.go_on(meta.get("seconds", {}))
         self.skips, self.rollbacks = meta.get("skips", 0), meta.get("rollbacks", 0)
         self.journal.open(self.began, meta)
-        damaged = self.checkpoints.damaged if self.checkpoints else {}
-        for at, reason in sorted(damaged.items()):
-            self.journal.event(
-                *(self.began, "damaged_checkpoint"), told=True, checkpoint=at, reason=reason
-            )
         self._take_up(state, meta)
+
+    def _tell_damage(self) -> None:
+        """Events of the checkpoints that were passed over; stderr was told when they were."""
+        if not self.checkpoints:
+            return
+        for at, reason in sorted(self.checkpoints.damaged.items()):
+            self.journal.event(
+                self.step, "damaged_checkpoint", told=True, checkpoint=at, reason=reason
+            )
+        self.checkpoints.damaged.clear()
 
     def _take_up(self, state: State, meta: dict) -> None:
         self.state, self.step = state, int(state.step)
         self.began = min(self.began, self.step)
+        self._tell_damage()
         if validation := meta.get("validation"):
             self.scored = meta.get("validation_step"), Score(**validation)
         self._read_batches()
@@ -364,15 +381,12 @@ class _Run:
 
     def _next_stop(self, step: int) -> int:
         """The step at which the next dispatch ends: full, or where something is due."""
-        train, n = self.config.train, hosts.agree(lambda: self.pace.steps)
-        stops = [step + n, self.recipe.n_steps]
-        stops += [at for at in self.profile.steps if at > step]
-        for every in (train.evaluate_every, train.checkpoint_every):
-            if every > 0:
-                stops.append(step - step % every + every)
-        if self.recipe.branch_step and self.recipe.branch_step > step:
-            stops.append(self.recipe.branch_step)
-        return min(stops)
+        full = step + hosts.agree(lambda: self.pace.steps)
+        return next(
+            at
+            for at in range(step + 1, full + 1)
+            if at == full or self._is_stop(at) or at in self.profile.steps
+        )
 
     def _is_stop(self, step: int) -> bool:
         """Whether something needs the state of ``step``."""
@@ -384,32 +398,41 @@ class _Run:
         return self.checkpoints is not None and (due or step == self.recipe.branch_step)
 
     def _due(self, step: int, every: int) -> bool:
-        return step == self.recipe.n_steps and every >= 0 or every > 0 and step % every == 0
+        return (step == self.recipe.n_steps and every >= 0) or (every > 0 and step % every == 0)
 
     def _evaluate(self) -> str:
-        """Gives the line of the log that waits for it the state's score, if no signal comes before.
+        """Gives the line of the log that waits for it the state's score.
 
-        Returns why the run cannot go on from the state, or "".
+        Returns why the run cannot go on from the state, or "". Raises ``Preempted`` where a signal
+        comes before; the line waits on.
         """
         micro = self.config.train.accumulation if self.program.mesh.shape["stage"] > 1 else 1
         sequences = math.lcm(EVALUATION_SEQUENCES, micro * batch_shards(self.program.mesh))
 
         def batches() -> Iterator[data.Batch]:
             for batch in self.dataset.validation(sequences, self.program.rows(sequences)):
-                if self._is_to_stop():
-                    raise Preempted
+                self._heed_signals()
                 yield self.program.put(batch)
 
-        with self.clock.on(clock.EVALUATE), contextlib.suppress(Preempted):
-            found = score(
-                lambda batch: self.program.nats(self.state.params, batch),
-                *(batches(), self.dataset.token_bytes),
-            )
+        def nats(batch: data.Batch) -> jax.Array:
+            return self.program.nats(self.state.params, batch)
+
+        with self.clock.on(clock.EVALUATE):
+            found = score(nats, batches(), self.dataset.token_bytes)
             self.journal.score(found)
-            if not math.isfinite(found.loss):
-                return "the validation loss is not finite"
-            self.scored = self.step, found
+        if not math.isfinite(found.loss):
+            return "the validation loss is not finite"
+        self.scored = self.step, found
         return ""
+
+    def _evaluate_again(self) -> str:
+        """``_evaluate`` on resume, of a step that was taken in before."""
+        line = self.journal.unscored
+        trouble = self._evaluate()
+        if not trouble:
+            rate = line["tokens_per_second"] / self.recipe.batch_tokens
+            self._tell(self.step, line["train_loss"], rate)
+        return trouble
 
     def _save(self) -> None:
         """Starts a checkpoint of the state."""

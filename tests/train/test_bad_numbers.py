@@ -1,6 +1,7 @@
 """NaN in batches and gradients of real runs, put there from outside."""
 
 import json
+import math
 import signal
 import time
 
@@ -15,6 +16,7 @@ from lm.config import Config, MeshConfig, ModelConfig, replace
 from lm.data import Batch, open_dataset
 from lm.data.excerpts import excerpts
 from lm.model import Decoder
+from lm.score import Score
 from lm.sharding import make_mesh
 from lm.sweep.store import Store
 from lm.train import loop, pace, spikes
@@ -61,7 +63,7 @@ class BadRows:
 
 @pytest.fixture(autouse=True)
 def known_dispatches(monkeypatch):
-    """After three of one step, dispatches are full, however busy this machine is."""
+    """After three of one step, dispatches are of two, however busy this machine is."""
     monkeypatch.setattr(pace, "LONGEST_DISPATCH_SECONDS", 1e9)
 
 
@@ -237,6 +239,19 @@ def test_before_the_first_checkpoint_it_goes_back_to_its_first_state(
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, N_STEPS + 1))
 
 
+def test_a_branch_of_a_run_that_rolled_back_is_the_longer_run_itself(config, dataset, tmp_path):
+    short = replace(config, optimizer={"schedule": "wsd", "warmup": 0.01}, train=ROLLS_BACK)
+    long = replace(short, train={"tokens": 2 * short.train.tokens})
+    programs = {Program.key(short): Poisoned(short, make_mesh(short.mesh))}
+    shared = {"programs": programs, "dataset": dataset}
+    loop.train(short, tmp_path / "short", **shared)
+    wanted = loop.train(long, tmp_path / "scratch", **shared)
+    found = loop.train(long, tmp_path / "branch", **shared, start_from=tmp_path / "short")
+    assert read_metrics(tmp_path / "branch")[0]["step"] > max(POISONED)
+    assert found["rollbacks"] == wanted["rollbacks"] == 1
+    assert found["loss"] == wanted["loss"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["init_from", "start_from"])
 def test_the_first_state_may_be_another_runs(config, dataset, tmp_path, kind):
@@ -283,7 +298,8 @@ def test_interrupted_around_a_rollback_it_does_the_same(
         calls[-1] += 1
         if fault == "kill" and calls[-1] == len(calls) + 1:
             raise Killed
-        if fault == "signal" and calls[-1] == 1 + len(calls) % 4:
+        # Later in later calls, or they might go back to the first state again and again.
+        if fault == "signal" and calls[-1] == 1 + len(calls) % 4 + len(calls) // 8:
             signal.raise_signal(signal.SIGTERM)
             time.sleep(0.05)  # a thread notes it
         if fault == "signal amid skips" and progress.step == 12 and len(calls) == 1:
@@ -304,6 +320,58 @@ def test_interrupted_around_a_rollback_it_does_the_same(
     assert [timeless(x) for x in read_metrics(parts)] == [timeless(x) for x in read_metrics(whole)]
     assert kinds(parts) == kinds(whole)
     assert_equal(final_state(program, parts), final_state(program, whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("branch", [10, 12])
+def test_where_a_decay_begins_is_gone_back_to_and_stopped_at(config, dataset, tmp_path, branch):
+    """With no other checkpoint due; at 12 amid skips, as another run may branch from there."""
+    config = replace(
+        config,
+        optimizer={"schedule": "wsd", "warmup": 0.01, "decay_fraction": 1 - branch / N_STEPS},
+        train={**ROLLS_BACK, "checkpoint_every": 0},
+    )
+    assert resolve(config).branch_step == branch
+    program = Poisoned(config, make_mesh(config.mesh))
+    programs, whole, parts = {Program.key(config): program}, tmp_path / "whole", tmp_path / "parts"
+    wanted = loop.train(config, whole, programs=programs, dataset=dataset)
+    assert read_events(whole)[-1]["to"] == branch
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {str(branch), "20"}
+    stops = []
+
+    def signalled(progress):
+        if progress.step == branch and len(stops) < 2:
+            signal.raise_signal(stops.append(progress.step) or signal.SIGTERM)
+            time.sleep(0.05)  # a thread notes it
+
+    with pytest.raises(Preempted):
+        loop.train(config, parts, programs=programs, dataset=dataset, progress=signalled)
+    assert (parts / "checkpoints" / str(branch)).exists()
+    found = loop.train(config, parts, programs=programs, dataset=dataset)
+    assert timeless(found) == timeless(wanted) and kinds(parts) == kinds(whole)
+    assert_equal(final_state(program, parts), final_state(program, whole))
+
+
+def test_with_force_too_many_rollbacks_are_too_many_at_once(
+    config, programs, dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "score", lambda *_: Score(math.nan, math.nan, 1))
+    config = replace(config, train={**ROLLS_BACK, "rollbacks": 4})
+    told, signals = [], [signal.SIGTERM]
+
+    def signalled(progress):
+        told.append(progress.step)
+        assert len(told) < 30  # or it goes back for ever
+        if kinds(tmp_path).count((5, "rollback")) == 2 and signals:
+            signal.raise_signal(signals.pop())
+            time.sleep(0.05)  # a thread notes it
+
+    with pytest.raises(Preempted):
+        loop.train(config, tmp_path, programs=programs, dataset=dataset, progress=signalled)
+    fewer = replace(config, train={"rollbacks": 1})
+    given = {"programs": programs, "dataset": dataset, "progress": signalled}
+    result = loop.train(fewer, tmp_path, **given, force=True)
+    assert result["status"] == "diverged" and result["rollbacks"] == 2
 
 
 def test_what_is_saved_amid_an_evaluation_is_not_gone_back_to_if_that_is_no_number(
