@@ -85,7 +85,8 @@ def read_runs(
     A CSV needs `loss` and any two of `params`, `tokens`, `flops`; the third follows from
     C = 6 N D. `columns` renames, ours to theirs: {"params": "Model Size"}. `loss_unit` is "nats" or
     "bits" per token; bits are converted. Rows whose `status` is not `done` (diverged, ...) are left
-    out and named in `excluded`. Raises BadInput naming column and rows.
+    out and named in `excluded`, as are those of column `rollbacks` above 0: such a run was trained
+    at a lower rate than the others. Raises BadInput naming column and rows.
     """
     one_of("loss_unit", loss_unit, ("nats", "bits"))
     header, rows, labels = _read(paths, "runs.csv", columns or {})
@@ -94,14 +95,20 @@ def read_runs(
         raise BadInput(f"loss is read from column {theirs!r}, which sounds like bits, not nats")
 
     kept, excluded = [], []
+    rollbacks = _numbers("rollbacks", rows, labels, empty_is_nan=True)
     for i, row in enumerate(rows):
-        status = row.get("status", "").strip().lower()
-        if status in FINISHED:
+        fault = row.get("status", "").strip().lower()
+        if fault in FINISHED:
+            n = rollbacks[i]
+            fault = f"rollbacks: {n:.0f}, so trained at a lower rate" if n > 0 else ""
+        if not fault:
             kept.append(i)
         else:
-            excluded.append(f"{row.get('run_id') or labels[i]}: {status}")
+            excluded.append(f"{row.get('run_id') or labels[i]}: {fault}")
     if not kept:
-        raise BadInput(f"{_names(paths)}: none of the {len(rows)} rows has status done")
+        raise BadInput(
+            f"{_names(paths)}: none of the {len(rows)} rows has status done and no rollbacks"
+        )
     rows, labels = [rows[i] for i in kept], [labels[i] for i in kept]
 
     given = {name: _numbers(name, rows, labels) for name in MEASURES if name in header}

@@ -134,7 +134,7 @@ def choose_sizes(rungs: tuple[Rung, ...], centre: float, spread: float, n: int) 
 def find_minimum(params: np.ndarray, losses: np.ndarray) -> Minimum | None:
     """Vertex of the parabola through loss against log N; the lowest run where none is in range.
 
-    Losses that are not finite (diverged runs) are left out; None where none is left. It centres the
+    Losses that are not finite (of no use) are left out; None where none is left. It centres the
     next budget and shows how things stand: the laws are ``lm.fit``'s.
     """
     finite = np.isfinite(losses)
@@ -163,7 +163,7 @@ def expected_optimum(sweep: SweepConfig, flops: float, minima: list[tuple[float,
 
 
 def plan(config: Config, losses: Mapping[str, float]) -> tuple[Budget, ...]:
-    """The budgets whose sizes are known, from the ``losses`` of finished runs (nan: diverged).
+    """The budgets whose sizes are known, from the ``losses`` of finished runs (nan: left out).
 
     A pure function: any more losses leave the budgets it returns as they are and may add others.
     Raises ``BadInput`` where the sweep's settings cannot be.
@@ -247,7 +247,7 @@ def _seeds(sweep: SweepConfig, params: int, expected: float) -> int:
 
 
 def _parent(config: Config, below: list[Budget], losses: Mapping[str, float]) -> str | None:
-    """The run of the same shape and seed at the nearest budget below, unless it diverged."""
+    """The run of the same shape and seed at the nearest budget below, unless its loss is nan."""
     for budget in reversed(below):
         for run in budget.runs:
             same = run.config.model == config.model and run.config.train.seed == config.train.seed

@@ -142,6 +142,8 @@ def launch(
         for row in store.rows():
             if row["run_id"] not in known:
                 said = "diverged" if row["status"] == "diverged" else f"loss {row['loss']:.4f}"
+                if n := row["rollbacks"]:
+                    said += f", rollbacks: {n}"
                 show(study, f"{row['run_id']}: {said}, {row['wall_seconds']:.0f} s")
 
     def tell(event: dict) -> None:

@@ -26,7 +26,7 @@ COLUMNS = (
     " batch_tokens learning_rate schedule seed corpus tokenizer epochs wall_seconds device status"
     " head_width d_ff n_steps warmup_tokens step_seconds compile_seconds evaluate_seconds"
     " data_seconds data optimizer checkpoint_seconds start_seconds lost_seconds other_seconds"
-    " goodput"
+    " goodput rollbacks"
 ).split()
 CURVE_COLUMNS = ("run_id", "tokens", "flops", "train_loss", "validation_loss")
 EXPERT_COLUMNS = ("run_id", "tokens", "layer", "dropped_share", "router_entropy", "load")
@@ -96,9 +96,11 @@ class Store:
         return [self._rows[run_id] for run_id in sorted(self._rows)]
 
     def losses(self) -> dict[str, float]:
-        """Loss of every finished run, nan where it diverged."""
+        """Loss of every finished run, nan where it diverged or, rolled back, had a lower rate."""
         return {
-            row["run_id"]: row["loss"] if row["status"] == "done" else math.nan
+            row["run_id"]: row["loss"]
+            if row["status"] == "done" and not row["rollbacks"]
+            else math.nan
             for row in self.rows()
         }
 

@@ -74,6 +74,16 @@ def test_diverged_runs_are_left_out_by_name(tmp_path):
     assert runs.where(runs.params > 1e6).excluded == ("d: diverged",)
 
 
+def test_runs_that_rolled_back_are_left_out_by_name(tmp_path):
+    rows = [row + rollbacks for row, rollbacks in zip(ROWS, (",", ",1", ",0"), strict=True)]
+    path = write(tmp_path, HEADER + ",rollbacks", *rows, "d,8e6,2e7,9.6e14,3.5,2.0")
+    runs = read_runs(path)
+    assert list(runs.run_id) == ["a", "c"]
+    assert runs.excluded == tuple(
+        f"{name}: rollbacks: {n}, so trained at a lower rate" for name, n in (("b", 1), ("d", 2))
+    )
+
+
 def test_a_wandb_export_is_read_by_its_own_names(tmp_path):
     path = write(
         tmp_path, "Name,State,params,tokens,loss", "a,finished,1e6,2e7,4.0", "b,crashed,2e6,2e7,3.9"

@@ -18,7 +18,7 @@ def law(params: float, tokens: float) -> float:
 
 
 def train(config: Config, workdir, *, programs, dataset, progress, start_from) -> dict:
-    """Fails once, kills its process once, or diverges, where a file beside ``runs`` says so.
+    """Fails or kills its process once, diverges or rolls back, where a file by ``runs`` says so.
 
     ``pause`` there holds the seconds that every run takes, ``devices`` gets what each may use.
     """
@@ -79,6 +79,7 @@ def train(config: Config, workdir, *, programs, dataset, progress, start_from) -
         "evaluate_seconds": 0.25,
         "device": "fake",
         "start_from": start_from,
+        "rollbacks": 2 * (orders / f"roll_back-{config.name}").exists(),
     }
     write_atomically(workdir / "result.json", json.dumps(result))
     return result

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,9 +151,12 @@ def test_a_run_that_kills_its_worker_three_times_is_set_aside(config, tmp_path, 
 
 def test_a_diverged_run_is_finished(config, tmp_path):
     diverging = first_id(config)
+    lowered = grid.in_order(grid.plan(config, {}))[1].run_id
     (tmp_path / f"diverge-{diverging}").touch()
+    (tmp_path / f"roll_back-{lowered}").touch()
     _, code, printed = run(config, tmp_path)
-    assert code == 0 and f"{diverging}: diverged" in printed
+    assert code == 0 and f"{diverging}: diverged, 2 s" in printed
+    assert re.search(rf"{lowered}: loss \d\.\d{{4}}, rollbacks: 2, 2 s", printed)
     row = next(r for r in rows(tmp_path) if r["run_id"] == diverging)
     assert (row["status"], row["loss"]) == ("diverged", "")
     assert len(rows(tmp_path)) == 15

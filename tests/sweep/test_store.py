@@ -37,18 +37,22 @@ def table(path):
 def test_runs_csv(tmp_path):
     store = Store(tmp_path)
     put(store, "c2", loss=None, status="diverged")
-    put(store, "c10", epochs={"a": 0.25, "b": 0.5})
+    put(store, "c10", epochs={"a": 0.25, "b": 0.5}, rollbacks=0)
+    put(store, "c30", rollbacks=1)
     store.scan()
     store.write_tables()
     rows = table(tmp_path / "runs.csv")
     assert list(rows[0])[: len(CONTRACT)] == CONTRACT and set(COLUMNS) >= set(CONTRACT)
-    assert [row["run_id"] for row in rows] == ["c10", "c2"]
-    done, diverged = rows
+    assert [row["run_id"] for row in rows] == ["c10", "c2", "c30"]
+    done, diverged, rolled_back = rows
     assert (done["loss"], done["budget"], done["flops"]) == ("2.0", str(1e11), str(1.01e11))
     assert (done["d_model"], done["seed"], done["schedule"]) == ("32", "3", "cosine")
     assert (done["epochs"], done["corpus"], done["n_experts"]) == ("0.5", "pd_english", "0")
     assert (diverged["loss"], diverged["status"]) == ("", "diverged")
-    assert store.losses()["c10"] == 2.0 and math.isnan(store.losses()["c2"])
+    assert [row["rollbacks"] for row in rows] == ["0", "", "1"]  # an older result says nothing
+    assert (rolled_back["loss"], rolled_back["status"]) == ("2.0", "done")
+    assert store.losses()["c10"] == 2.0
+    assert math.isnan(store.losses()["c2"]) and math.isnan(store.losses()["c30"])
 
 
 def test_experts_csv_has_the_loads_of_the_layers_with_experts(tmp_path):
