@@ -258,7 +258,9 @@ def any_of(flag: bool) -> bool:
 def _agree(decide: Callable[[list], Any], says: Any, seconds: float | None = None) -> Any:
     """``agree`` on what process 0 makes of what each process ``says``.
 
-    Raises ``queue.Empty`` where the others don't come within ``seconds``.
+    Raises ``queue.Empty`` where the others don't come within ``seconds``. Processes that say
+    ``_HAVE_FAILED`` agree only with one another. Where just some do, nobody is answered: those that
+    failed have False in process 0, and elsewhere wait until ``seconds`` are over, and then end all.
     """
     if _link is None:
         return decide([says])
