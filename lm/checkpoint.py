@@ -1,9 +1,9 @@
 """A run's folder: whose it is, whether it is done, and its checkpoints.
 
-``config.json`` says whose, and how long its texts may be; ``result.json`` is written last, so that
-its presence means done. ``lock`` is held by the process that trains there. Run folders are paths of
-a file system: an object store has no locks (``lm.sweep`` trains in a folder beside the one there,
-and copies).
+``config.json`` says whose, how long its texts may be, and which step of ``train.init_from`` it
+began from; ``result.json`` is written last, so that its presence means done. ``lock`` is held by
+the process that trains there. Run folders are paths of a file system: an object store has no locks
+(``lm.sweep`` trains in a folder beside the one there, and copies).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from lm.model import Decoder
 from lm.sharding import layout, stored_shardings
 
 SCHEMA = 1
+CHECKPOINT_SCHEMA = 2  # of what is saved beside a state; states of 1 may have no checksums
+REMOVED = "removed.orbax-checkpoint-tmp"  # so that what is left of it counts as unfinished
 
 
 def claim(
@@ -59,6 +61,9 @@ def claim(
         # What the run started from may be gone by the time it goes on.
         goes_on = found.get("config") == wanted["config"] and "context" in found
         wanted["context"] = found["context"] if goes_on else _made_for(config)
+        # Also where ``force`` continues it under a config that says something else.
+        if "init_step" in found and found["config"]["train"]["init_from"] == config.train.init_from:
+            wanted["init_step"] = found["init_step"]
         (workdir / "result.json").unlink(missing_ok=True)
         write_atomically(path, json.dumps(wanted, indent=1))
     return done
@@ -151,23 +156,42 @@ def _made_for(config: configuration.Config) -> int:
     return max(known)
 
 
+def init_step(workdir: Path) -> int | None:
+    """The step of ``train.init_from`` that a run began from; None before it has begun."""
+    path = workdir / "config.json"
+    found = json_object(path).get("init_step")
+    return None if found is None else configuration.typed(found, int, f"{path}: init_step")
+
+
+def note_init_step(workdir: Path, step: int) -> None:
+    """Makes it what ``init_step`` returns."""
+    path = workdir / "config.json"
+    write_atomically(path, json.dumps(json_object(path) | {"init_step": step}, indent=1))
+
+
 def load_params(workdir: Path, config: configuration.Config, mesh: Mesh) -> Any:
     """The decoder's parameters in the newest whole checkpoint of a run, laid over ``mesh``.
 
     Of ``config``, which is the folder's own, where they lie and how they are computed with may be
     changed. Raises ``BadInput`` where there is no such checkpoint.
     """
+    return load_step(workdir, config, mesh)[1]
+
+
+def load_step(
+    workdir: Path, config: configuration.Config, mesh: Mesh, step: int | None = None
+) -> tuple[int, Any]:
+    """The step of what ``load_params`` returns, and that; of the ``step`` that a run began from."""
     if not (workdir / "checkpoints").is_dir():
         raise BadInput(f"{workdir}: holds no checkpoint")
-    checkpoints = Checkpoints(workdir)
-    try:
-        params = checkpoints.restore_params(abstract_params(config, mesh))
-    finally:
-        checkpoints.close()
-    if params is None:
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        found = checkpoints.restore_params(abstract_params(config, mesh), step)
+    if found is None:
+        which = "" if step is None else f" of step {step}, which this run began from,"
         whole = " that is whole" if checkpoints.damaged else ""
-        raise BadInput(f"{workdir}: holds no checkpoint{whole}")
-    return params
+        anew = "" if step is None else "; another --workdir begins from what there is"
+        raise BadInput(f"{workdir}: holds no checkpoint{which}{whole}{anew}")
+    return found
 
 
 class Checkpoints:
@@ -178,7 +202,8 @@ class Checkpoints:
     is passed over with a line on stderr, and removed when the next state is saved. All processes
     of ``hosts.joined`` call every method alike.
 
-    Reading raises ``BadInput`` where no step at all has checksums: damage leaves others theirs.
+    Reading raises ``BadInput`` where no step has checksums and one is of an older version, which
+    wrote none.
 
     Args:
       workdir: the run's folder.
@@ -220,6 +245,8 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 enable_async_checkpointing=True,
                 temporary_path_class=_temporary_path(ocp),
+                # A step half removed would look damaged, so it is first moved there.
+                todelete_subdir=REMOVED,
                 # Files that are not a step's would be outside its checksums.
                 save_root_metadata=False,
                 lightweight_initialize=True,
@@ -240,8 +267,7 @@ class Checkpoints:
         composite = args.Composite(state=args.PyTreeSave(state), meta=args.JsonSave(meta))
         with self._full_disk_told():
             self._manager.wait_until_finished()
-            for damaged in self._in_the_way.intersection(self._manager.all_steps()):
-                self._manager.delete(damaged)
+            self._remove(self._in_the_way.intersection(self._manager.all_steps()))
             self._in_the_way.clear()
             n_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
             # Before it is half written, with room for what describes the arrays.
@@ -270,20 +296,29 @@ class Checkpoints:
         interrupted.
         """
         step = self._whole(lambda at: at < before and self._is_due(at))
-        for later in [at for at in self._manager.all_steps() if step is None or at > step]:
-            self._manager.delete(later)
+        self._remove([at for at in self._manager.all_steps() if step is None or at > step])
         return None if step is None else self._read(step, abstract, meta=True)
 
-    def restore_params(self, abstract: Any) -> Any:
-        """The parameters alone of the newest whole state, or None where there is none."""
-        step = self._whole(lambda at: True)
-        return None if step is None else self._read(step, {"params": abstract})[0]["params"]
+    def restore_params(self, abstract: Any, step: int | None = None) -> tuple[int, Any] | None:
+        """(step, parameters alone) of ``restore``'s state, or None where there is none whole."""
+        found = self._whole(lambda at: step in (None, at))
+        if found is None:
+            return None
+        return found, self._read(found, {"params": abstract})[0]["params"]
 
     def close(self) -> None:
         """Waits for writes under way."""
         with self._full_disk_told():
             self._manager.wait_until_finished()
+            self._remove(())
             self._manager.close()
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        """These, and what Orbax has put aside since the last call. Not while it writes."""
+        for step in steps:
+            self._manager.delete(step)
+        if hosts.is_first():
+            shutil.rmtree(self._folder / REMOVED, ignore_errors=True)
 
     def _whole(self, wanted: Callable[[int], bool]) -> int | None:
         """The newest step that is ``wanted`` and whose files agree with their checksums."""
@@ -292,11 +327,12 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps())
 
         def choose() -> list:
-            # Hardly damage. Passed over, they would all be removed by the next save.
-            if steps and not list(self._folder.glob(f"[0-9]*/{checksums.NAME}")):
+            # Passed over, they would all be removed by the next save.
+            has_checksums = any(self._folder.glob(f"[0-9]*/{checksums.NAME}"))
+            if not has_checksums and any(map(self._is_old, steps)):
                 raise BadInput(
                     f"{self._folder}: no checkpoint has its {checksums.NAME}: written by an older"
-                    " version, or copied without; move the folder away to begin anew"
+                    " version; move the folder away to begin anew"
                 )
             damaged = {}
             for at in filter(wanted, reversed(steps)):
@@ -312,6 +348,13 @@ class Checkpoints:
         self.damaged |= {int(at): reason for at, reason in damaged.items()}
         self._in_the_way |= {int(at) for at in damaged}
         return found
+
+    def _is_old(self, step: int) -> bool:
+        """Whether a step says that it is of the version that wrote no checksums."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            meta = json.loads((self._folder / str(step) / "meta" / "metadata").read_text())
+            return meta.get("schema") == 1
+        return False
 
     def _read(self, step: int, abstract: Any, meta: bool = False) -> tuple[Any, dict | None]:
         args = self._ocp.args

@@ -170,7 +170,8 @@ def test_damage_to_any_file_of_a_step_is_found_and_the_step_before_used(
         content = path.read_bytes()
         damage(path)
         checkpoints = Checkpoints(workdir)
-        found = checkpoints.restore_params(params)
+        at, found = checkpoints.restore_params(params)
+        assert at == 1
         jax.tree.map(np.testing.assert_array_equal, found, increased(state.params))
         assert list(checkpoints.damaged) == [7]
         (said,) = capfd.readouterr().err.splitlines()
@@ -206,10 +207,38 @@ def test_where_all_are_damaged_there_is_none(workdir, state):
         load_params(workdir, CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:1]))
 
 
-def test_without_any_checksums_nothing_is_restored_and_nothing_removed(workdir, state):
-    """As of an older version: the run would begin anew, and remove them at its first save."""
+def test_a_kill_amid_a_removal_leaves_nothing_that_looks_damaged(workdir, state, monkeypatch):
+    def killed(path, **_):
+        for file in Path(path).rglob("checksums.json"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(workdir)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        checkpoints.roll_back(shares(state), before=9)  # to the first state: none was due
+    with contextlib.ExitStack() as lock:
+        claim(workdir, CONFIG, lock=lock)
+        checkpoints = Checkpoints(workdir)
+        assert checkpoints.restore(shares(state)) is None and not checkpoints.damaged
+        checkpoints.close()
+    assert not list((workdir / "checkpoints").iterdir())
+
+
+def test_without_any_checksums_all_are_damaged(workdir, state):
     for step in ("1", "7"):
         (workdir / "checkpoints" / step / "checksums.json").unlink()
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.restore(shares(state)) is None
+    assert checkpoints.damaged == {at: "checksums.json is missing" for at in (1, 7)}
+    checkpoints.close()
+
+
+def test_those_of_an_older_version_are_not_restored_and_not_removed(workdir, state):
+    """It wrote no checksums: the run would begin anew, and remove them at its first save."""
+    for step in ("1", "7"):
+        (workdir / "checkpoints" / step / "checksums.json").unlink()
+        (workdir / "checkpoints" / step / "meta" / "metadata").write_text('{"schema": 1}')
     before = sorted(workdir.rglob("*"))
     checkpoints = Checkpoints(workdir, period=1)
     for read in (checkpoints.restore, lambda abstract: checkpoints.roll_back(abstract, before=9)):

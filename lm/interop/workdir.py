@@ -9,7 +9,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from lm import arithmetic
-from lm.checkpoint import SCHEMA, Checkpoints, claim, context, load_config, load_params
+from lm.checkpoint import (
+    CHECKPOINT_SCHEMA,
+    SCHEMA,
+    Checkpoints,
+    claim,
+    context,
+    load_config,
+    load_params,
+)
 from lm.command import BadInput, json_object, write_atomically
 from lm.config import Config, LoraConfig, MeshConfig, replace, to_dict, typed
 from lm.data import chat, open_template, open_tokenizer
@@ -96,7 +104,7 @@ def merge_weights(workdir: Path, to: Path) -> dict[str, Any]:
 def _save(workdir: Path, config: Config, params: Any, status: str) -> dict[str, Any]:
     claim(workdir, config)
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(0, {"params": params}, {"schema": SCHEMA})
+    checkpoints.save(0, {"params": params}, {"schema": CHECKPOINT_SCHEMA})
     checkpoints.close()
     count = arithmetic.parameters(config.model, config.data.seq_len)
     result = {

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from lm import data, hosts
-from lm.checkpoint import SCHEMA, Checkpoints, abstract_like, check_shared, claim
+from lm.checkpoint import CHECKPOINT_SCHEMA, Checkpoints, abstract_like, check_shared, claim
 from lm.command import Preempted, write_atomically
 from lm.config import Config, check_vocabulary
 from lm.score import Score, score
@@ -291,7 +291,7 @@ class _Run:
         with self.clock.on(clock.START):
             if self.checkpoints:
                 found = self.checkpoints.roll_back(self._abstract_state(), before=self.step)
-            state, meta = found or (self._first_state(), {})
+            state, meta = found or self._first_state()
         self.rollbacks += 1
         self.skips = 0
         to, factor = int(state.step), self._rate_factor()
@@ -327,10 +327,11 @@ class _Run:
     def _begin(self) -> None:
         """From the newest checkpoint of this run, else from its first state."""
         found = self.checkpoints.restore(self._abstract_state()) if self.checkpoints else None
-        self._go_on(*(found or (self._first_state(), {})))
+        self._go_on(*(found or self._first_state()))
 
-    def _first_state(self) -> State:
-        return start.state(self.config, self.program, self._abstract_state(), self.start_from)
+    def _first_state(self) -> tuple[State, dict]:
+        of_run = self.config, self.program, self._abstract_state(), self.start_from, self.workdir
+        return start.state(*of_run)
 
     def _abstract_state(self) -> State:
         return abstract_like(self.program.abstract_state, self.program.state_sharding)
@@ -439,7 +440,7 @@ class _Run:
         with self.clock.on(clock.CHECKPOINT):
             self.journal.flush(to_disk=True)  # whatever happens to the machine, no older than it
             meta = {
-                "schema": SCHEMA,
+                "schema": CHECKPOINT_SCHEMA,
                 "seconds": self.clock.seconds(),
                 "validation": vars(self.scored[1]) if self.scored else None,
                 "validation_step": self.scored[0] if self.scored else None,

@@ -1,5 +1,6 @@
 """What a run starts from: a fresh state, one with another folder's parameters, or another run's."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,15 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from lm import data
-from lm.checkpoint import Checkpoints, abstract_params, load_config, load_params
+from lm import data, hosts
+from lm.checkpoint import (
+    Checkpoints,
+    abstract_params,
+    init_step,
+    load_config,
+    load_step,
+    note_init_step,
+)
 from lm.command import BadInput
 from lm.config import Config, differences, to_dict
 from lm.data.tokenizers import Tokenizer
@@ -62,10 +70,12 @@ def _function(config: Config) -> dict:
     return {"model": model} | ({"data": {"seq_len": config.data.seq_len}} if learned else {})
 
 
-def params(config: Config, mesh: Mesh, fresh: Any) -> Any:
+def params(config: Config, mesh: Mesh, fresh: Any, workdir: Path) -> Any:
     """``fresh`` parameters with those of ``train.init_from``, laid over ``mesh``, in their place.
 
-    New adapters stay fresh. What is replaced is given back before the other is read.
+    They are those of its newest whole checkpoint when the run of ``workdir`` began, which notes the
+    step: that folder may be trained in meanwhile. New adapters stay fresh. What is replaced is
+    given back before the other is read. Raises ``BadInput`` where that checkpoint is gone.
     """
     folder = Path(config.train.init_from)
     lora = load_config(folder).model.lora
@@ -73,27 +83,33 @@ def params(config: Config, mesh: Mesh, fresh: Any) -> Any:
     flat = flatten_dict(fresh)
     for key in flatten_dict(abstract_params(of_folder, mesh)):
         flat[key].delete()
-    return unflatten_dict(flat | flatten_dict(load_params(folder, of_folder, mesh)))
+    step, given = load_step(folder, of_folder, mesh, hosts.agree(lambda: init_step(workdir)))
+    if hosts.is_first():
+        note_init_step(workdir, step)
+    return unflatten_dict(flat | flatten_dict(given))
 
 
-def state(config: Config, program: Program, abstract: Any, start_from: str | Path | None) -> State:
-    """A run's first state, always the same: fresh but for ``train.init_from``'s parameters.
+def state(
+    config: Config, program: Program, abstract: Any, start_from: str | Path | None, workdir: Path
+) -> tuple[State, dict]:
+    """The first state of ``workdir``'s run and what is known beside it; always the same.
 
-    With ``start_from`` it is that run's where its decay began. Raises ``BadInput`` where that has
-    no such checkpoint, or one of another run.
+    The state is fresh but for ``train.init_from``'s parameters. With ``start_from`` it is that
+    run's where its decay began, at the rate that its rollbacks have left. Raises ``BadInput`` where
+    that has no such checkpoint, or one of another run.
     """
     if start_from is not None:
         folder = Path(start_from)
         at = branch_step(load_config(folder), config, batch_shards(program.mesh))
-        checkpoints = Checkpoints(folder)
-        found = checkpoints.restore(abstract, at)
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
+            found = checkpoints.restore(abstract, at)
         if found:
-            return found[0]
+            first, meta = found
+            return first, {name: meta.get(name, 0) for name in ("rollbacks", "skips")}
         if not checkpoints.damaged:
             raise BadInput(f"{folder}: holds no checkpoint of step {at} to branch from")
     # Also where all checkpoints are damaged: it costs time, and ends with the same numbers.
     fresh = program.init(config.train.seed)
     if not config.train.init_from:
-        return fresh
-    return fresh._replace(params=params(config, program.mesh, fresh.params))
+        return fresh, {}
+    return fresh._replace(params=params(config, program.mesh, fresh.params, workdir)), {}

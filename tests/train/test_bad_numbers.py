@@ -239,6 +239,7 @@ def test_before_the_first_checkpoint_it_goes_back_to_its_first_state(
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, N_STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_run_that_rolled_back_is_the_longer_run_itself(config, dataset, tmp_path):
     short = replace(config, optimizer={"schedule": "wsd", "warmup": 0.01}, train=ROLLS_BACK)
     long = replace(short, train={"tokens": 2 * short.train.tokens})

@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
@@ -74,7 +76,7 @@ def tuned(base, talk, **model):
 
 
 @pytest.mark.parametrize("mesh", [dict(data=1), dict(data=4, model=2, zero=3)], ids=str)
-def test_the_first_parameters_are_the_folders_on_any_mesh(base, talk, mesh):
+def test_the_first_parameters_are_the_folders_on_any_mesh(base, talk, tmp_path, mesh):
     config = replace(tuned(base, talk, lora={"rank": 2}), mesh=mesh)
     program = Program(
         config, make_mesh(config.mesh, jax.devices()[: 1 if mesh["data"] == 1 else 8])
@@ -83,12 +85,43 @@ def test_the_first_parameters_are_the_folders_on_any_mesh(base, talk, mesh):
     new = {key: np.array(x) for key, x in flatten_dict(fresh).items() if key[-1] in NAMES}
     saved = load_params(base, load_config(base), one_device())
     wanted = flatten_dict(jax.device_get(saved)) | new
-    found = start.params(config, program.mesh, fresh)
+    claim(tmp_path, config)
+    found = start.params(config, program.mesh, fresh, tmp_path)
     assert flatten_dict(found).keys() == wanted.keys()
     for key, x in flatten_dict(found).items():
         np.testing.assert_array_equal(x, wanted[key])
     shardings = jax.tree.map(lambda x: x.sharding, found)
     assert shardings == jax.tree.map(lambda x: x.sharding, abstract_params(config, program.mesh))
+
+
+def test_the_first_parameters_stay_what_they_were_whatever_becomes_of_the_folder(
+    base, talk, tmp_path
+):
+    grows, run = tmp_path / "grows", tmp_path / "run"
+    shutil.copytree(base, grows)
+    config = replace(tuned(grows, talk), mesh={"data": 1})
+    claim(run, config)
+    wanted = load_params(base, load_config(base), one_device())
+    fresh = jax.tree.map(jax.numpy.zeros_like, wanted)
+
+    def first():
+        return start.params(config, one_device(), jax.tree.map(jax.numpy.copy, fresh), run)
+
+    first()
+    with contextlib.closing(Checkpoints(grows)) as checkpoints:
+        checkpoints.save(3, {"params": fresh}, {})
+    jax.tree.map(np.testing.assert_array_equal, first(), wanted)
+    longer = replace(config, train={"tokens": 1024.0})
+    claim(run, longer, force=True)
+    jax.tree.map(np.testing.assert_array_equal, first(), wanted)
+    shutil.rmtree(grows / "checkpoints" / "0")
+    with pytest.raises(
+        BadInput, match="grows: holds no checkpoint of step 0, which this run began"
+    ):
+        first()
+    claim(tmp_path / "another", config)
+    found = start.params(config, one_device(), fresh, tmp_path / "another")
+    assert not any(map(np.any, jax.tree.leaves(found)))
 
 
 @pytest.mark.slow
