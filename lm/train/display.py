@@ -26,6 +26,7 @@ class Display:
         self._config = config
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._losses: list[float] = []
+        self._headed = False
         self._began, self._shown = time.monotonic(), -math.inf
         self._live = None
         if self._console.is_terminal:
@@ -42,9 +43,11 @@ class Display:
             self._live.stop()
 
     def __call__(self, at: Any) -> None:
-        if not self._losses:
+        if not self._headed:
             self._console.print(self._heading(at), markup=False)
-        self._losses.append(at.loss)
+            self._headed = True
+        if math.isfinite(at.loss):  # that of a skipped step may not be
+            self._losses.append(at.loss)
         if at.validation_loss is not None:
             said = f"step {at.step:,}: validation loss {at.validation_loss:.4f} nats a token"
             self._console.print(said, markup=False)
@@ -94,6 +97,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
     The first tenth, in which a loss falls as it never will again, may be beyond the scale.
     """
+    if not values:
+        return " " * width
     step = max(1.0, len(values) / width)
     starts = [round(i * step) for i in range(math.ceil(len(values) / step))]
     bins = [values[a:b] for a, b in zip(starts, [*starts[1:], len(values)], strict=True)]

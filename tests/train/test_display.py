@@ -14,9 +14,10 @@ from lm.train.display import Display, shares, sparkline
 from lm.train.loop import Progress
 
 
-def progress(step, validation_loss=None):
+def progress(step, validation_loss=None, loss=None):
+    loss = loss or math.exp(4 - step / 50)
     return Progress(
-        *(step, 200, step * 1000, step * 1e6, math.exp(4 - step / 50), validation_loss),
+        *(step, 200, step * 1000, step * 1e6, loss, validation_loss),
         tokens_per_second=41234.5, mfu=0.314, goodput=0.87, seconds_left=200.0 - step,
     )  # fmt: skip
 
@@ -42,7 +43,9 @@ def test_a_picture_on_a_terminal():
     console = Console(force_terminal=True, width=100, file=io.StringIO(), record=True)
     with Display(Config(), console) as show:
         for step in (50, 100, 150):
+            show(progress(step - 1, loss=math.nan))
             show(progress(step))
+            show(progress(step + 1, loss=math.inf))
     console.print("\n", show._picture(progress(150)))
     seen = console.export_text().splitlines()[-3:]
     assert seen[0].startswith("━━━") and "step 150/200" in seen[0] and "0:00:50 left" in seen[0]
@@ -51,6 +54,7 @@ def test_a_picture_on_a_terminal():
 
 
 def test_sparklines_of_any_length():
+    assert sparkline([], 4) == "    "
     assert sparkline([2.0], 4) == "▁   "
     assert sparkline([math.exp(x) for x in range(8, 0, -1)], 8) == "█▇▆▅▄▃▂▁"
     for n in range(1, 300):
