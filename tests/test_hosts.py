@@ -389,6 +389,39 @@ def test_two_processes_pass_a_damaged_checkpoint_over(launch, config, alone, tmp
     assert_same_run(config, run, alone)
 
 
+AMID = """
+import os, runpy, signal, sys, time
+from lm.data import Dataset
+validation = Dataset.validation
+def signalled(dataset, *arguments):
+    for batch in validation(dataset, *arguments):
+        if os.environ["LM_PROCESS"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.1)  # a thread notes it
+        yield batch
+Dataset.validation = signalled
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_amid_an_evaluation_and_the_next_pair_makes_it(
+    launch, config, alone, tmp_path
+):
+    script = "-c", AMID, ROOT / "tests" / "host.py"
+    codes, logs = launch(2, script=script, **{"train.evaluate_every": 10}).wait()
+    assert codes == [PREEMPTED] * 2, logs
+    run = tmp_path / "run"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"}
+    assert read_metrics(run)[-1]["step"] == 9
+    first, second = launch(2, **{"train.evaluate_every": 10}).finish()
+    assert min(first["trained"]) == 16 * 10 and first["validated"] == second["validated"] == 32
+    log = read_metrics(run)
+    assert [line["step"] for line in log] == list(range(1, 21))
+    assert [line["step"] for line in log if "validation_loss" in line] == [10, 20]
+    assert_same_run(config, run, alone)
+
+
 FULL = """
 import os, runpy, shutil, sys
 from lm import hosts
