@@ -353,6 +353,24 @@ def test_where_a_decay_begins_is_gone_back_to_and_stopped_at(config, dataset, tm
     assert_equal(final_state(program, parts), final_state(program, whole))
 
 
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_on_the_way_back_and_told(
+    config, programs, dataset, tmp_path
+):
+    def damage(progress):
+        path = tmp_path / "checkpoints" / "10" / "meta" / "metadata"
+        if progress.step == 12:
+            while not path.exists():
+                time.sleep(0.01)  # it is being written
+            path.write_bytes(path.read_bytes()[:-1])
+
+    config = replace(config, train=ROLLS_BACK)
+    loop.train(config, tmp_path, programs=programs, dataset=dataset, progress=damage)
+    rollback, told = read_events(tmp_path)[3:5]
+    assert (rollback["event"], rollback["to"]) == ("rollback", 5)
+    assert (told["event"], told["step"], told["checkpoint"]) == ("damaged_checkpoint", 5, 10)
+
+
 def test_with_force_too_many_rollbacks_are_too_many_at_once(
     config, programs, dataset, tmp_path, monkeypatch
 ):
