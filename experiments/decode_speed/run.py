@@ -3,7 +3,7 @@
     pip install -e '.[compare]'
     python -m experiments.decode_speed.run --out=experiments/decode_speed/results/results.json
 
-Two to three minutes on a two-core CPU machine, most of it compilation; timings want it idle. Each
+A minute on a two-core CPU machine, most of it compilation; timings want it idle. Each
 time is the least of many short ones, taken by turns.
 """
 
