@@ -40,7 +40,9 @@ def without_adapters(params):
     return unflatten_dict({key: x for key, x in flat.items() if key[-1] not in lora.NAMES})
 
 
-@pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(CONFIG, marks=pytest.mark.slow), SCANNED], ids=["unrolled", "scanned"]
+)
 def test_at_the_start_the_function_is_what_it_was(config):
     decoder, params = initialised(config)
     plain = Decoder(dataclasses.replace(config, lora=LoraConfig()), 8)

@@ -115,7 +115,7 @@ def losses(quantization):
     return np.asarray(metrics.loss)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=pytest.mark.slow), "fp8"])
 def test_a_decoder_trains_as_in_float32(quantization):
     plain, found = losses("none"), losses(quantization)
     assert plain[0] > 3.3 and plain[-10:].mean() < 1.6  # it did learn

@@ -280,7 +280,12 @@ def test_the_first_state_may_be_another_runs(config, dataset, tmp_path, kind):
 
 @pytest.mark.parametrize(
     "fault, every, least",
-    [("kill", 7, 4), ("signal", 7, 4), ("signal amid skips", 6, 1), ("signal", 0, 4)],
+    [
+        ("kill", 7, 4),
+        ("signal", 7, 4),
+        ("signal amid skips", 6, 1),
+        pytest.param("signal", 0, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_around_a_rollback_it_does_the_same(
     config, programs, program, dataset, tmp_path, fault, every, least

@@ -105,9 +105,9 @@ def test_one_step_a_dispatch_is_the_same_run(plain):
     "mesh",
     [
         dict(data=8),
-        dict(data=4, model=2),
+        pytest.param(dict(data=4, model=2), marks=pytest.mark.slow),
         dict(data=2, model=4),
-        dict(data=8, zero=1),
+        pytest.param(dict(data=8, zero=1), marks=pytest.mark.slow),
         dict(data=8, zero=3),
         dict(data=4, context=2),
         dict(replica=2, data=2, model=2, zero=3, sequence_sharded=True),
@@ -137,7 +137,7 @@ def test_under_zero_3_no_whole_kernel_waits_for_the_backward_pass(zero):
     assert (2, 64, 24) in kept  # and its output, which nothing computes again
 
 
-@pytest.mark.parametrize("chunk", [2, 4])
+@pytest.mark.parametrize("chunk", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_loss_in_chunks_is_the_same_run(plain, chunk):
     state, metrics, _ = train(replace(CONFIG, train={"loss_chunk": chunk}))
     np.testing.assert_allclose(metrics.loss, plain[1].loss, rtol=1e-5)

@@ -76,10 +76,11 @@ MESHES = {
     "replicas": dict(replica=2, data=2, model=2, zero=2, experts="data", sequence_sharded=True),
     "context": dict(data=4, context=2),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES)[2:]]
+QUICK = "experts over model, rows over data"
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES) if name != QUICK]
 
 
-@pytest.mark.parametrize("name", [*list(MESHES)[:2], *SLOW])
+@pytest.mark.parametrize("name", [QUICK, *SLOW])
 def test_any_mesh_is_the_same_run(name):
     """Losses, weights and statistics, which so are the whole batch's and no shard's."""
     state, metrics, _ = train(replace(CONFIG, mesh=MESHES[name]), devices=8)
@@ -91,7 +92,12 @@ def test_any_mesh_is_the_same_run(name):
 
 
 @pytest.mark.parametrize(
-    "mesh", [dict(data=8), dict(data=2, model=4), dict(data=4, model=2, zero=3)]
+    "mesh",
+    [
+        dict(data=8),
+        pytest.param(dict(data=2, model=4), marks=pytest.mark.slow),
+        pytest.param(dict(data=4, model=2, zero=3), marks=pytest.mark.slow),
+    ],
 )
 def test_ragged_rows_on_any_mesh_are_the_same_run(mesh):
     state, metrics, _ = train(replace(with_moe(dispatch="ragged"), mesh=mesh), devices=8)
@@ -204,6 +210,7 @@ def test_the_balance_bias_goes_to_the_experts_that_had_fewer_tokens(scan):
     assert len(np.unique(bias)) > 1
 
 
+@pytest.mark.slow
 def test_jitter_is_the_steps_own_and_scoring_has_none():
     config = with_moe(jitter=0.3)
     _, told, program = train(config)
