@@ -10,9 +10,7 @@ four depths of one size at two budgets, two seeds each. Five, fifteen and ten mi
 the same command again goes on. Writes ``results/calibration_<part>.csv`` and prints it.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from experiments.results import as_csv
 from lm import arithmetic, command
 from lm.command import BadInput, one_of, write_atomically
 from lm.config import Config, SweepConfig, replace, to_dict
@@ -137,9 +136,7 @@ def main() -> None:
         size = run["params"], run["tokens"], run["batch_tokens"]
         rows.append((trial.recipe, *trial[:3], *size, *trial[3:6], loss))
         print(*rows[-1], sep=",", flush=True)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    write_atomically(RESULTS / f"calibration_{FLAGS.part}.csv", text.getvalue())
+    write_atomically(RESULTS / f"calibration_{FLAGS.part}.csv", as_csv([COLUMNS, *rows]))
 
 
 if __name__ == "__main__":

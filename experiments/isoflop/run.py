@@ -9,7 +9,6 @@ these only and writes nothing; ``--norun`` only analyses. Three hours of two cor
 """
 
 import csv
-import io
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from experiments.isoflop import analysis, figures, page, study
+from experiments.results import as_csv
 from lm import command, fit
 from lm.command import BadInput, one_of, write_atomically
 from lm.config_file import load
@@ -171,13 +171,12 @@ def write(tables: dict[str, RunTable], workdir: Path, results: Path) -> None:
 
 def other_runs(workdir: Path) -> str:
     """The runs of all kinds but the main one in one table."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, KEPT, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for kind in study.KINDS[1:]:
         with (workdir / kind / "runs.csv").open(newline="") as file:
-            writer.writerows(row | {"kind": kind} for row in csv.DictReader(file))
-    return text.getvalue()
+            found = [row | {"kind": kind} for row in csv.DictReader(file)]
+        rows += [{name: row[name] for name in KEPT} for row in found]
+    return as_csv(rows)
 
 
 def main() -> None:
@@ -186,8 +185,8 @@ def main() -> None:
     for kind in FLAGS.kinds:
         one_of("--kinds", kind, study.KINDS)
     workdir = Path(FLAGS.workdir).resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
     if FLAGS.run:
+        workdir.mkdir(parents=True, exist_ok=True)
         for kind in FLAGS.kinds or study.KINDS:
             train(kind, workdir)
     if not FLAGS.kinds:

@@ -6,9 +6,7 @@ Some hundred runs of 1e12 FLOPs. The same command again goes on; ``--norun`` rea
 and leaves out variants that are not complete.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -17,20 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from absl import flags
+from matplotlib import pyplot as plt
 from scipy import stats
 
+from experiments.results import as_csv, save
 from lm import arithmetic, command
 from lm.command import BadInput, write_atomically
 from lm.config import Config, ModelConfig, SweepConfig, replace
 from lm.config_file import load
 from lm.train.device import keep_compiled
 from lm.train.loop import train
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parents[1] / "configs" / "isoflop_cpu.py"
@@ -193,14 +189,6 @@ def scatter_alike(difference_VS: np.ndarray) -> np.ndarray:
     return alike_V
 
 
-def as_csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def table(differences: list[Difference]) -> str:
     """Markdown."""
     lines = ["| | rate | loss | difference (95 %) | by seed |", "|---|---|---|---|---|"]
@@ -229,10 +217,8 @@ def draw(differences: list[Difference], path: Path) -> None:
     panel.set_yticks(range(len(shown)), [d.variant for d in shown])
     panel.set_ylim(len(shown) - 0.4, -0.6)
     panel.set_xlabel("loss less the modern recipe's, nats a byte (ticks: seeds)")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
+    save(figure, path)
     plt.close(figure)
-    write_atomically(path, buffer.getvalue())
 
 
 def main() -> None:

@@ -158,6 +158,12 @@ def test_smaller_models_cost_what_the_law_says():
         assert row["cost_by_the_law"] == pytest.approx(expected, rel=1e-6)
         assert row["cost"] == pytest.approx(expected, rel=0.02)
 
+    noisy = loss * np.exp(0.002 * np.random.default_rng(0).standard_normal(len(loss)))
+    noisy = RunTable.from_arrays(loss=noisy, params=params, tokens=tokens, flops=flops)
+    for row, exact in zip(analysis.over_training(noisy, Fit, base, 200), found, strict=True):
+        low, high = row["interval95"]
+        assert low < exact["cost"] < high and 0.01 < high / low - 1 < 0.3
+
 
 def test_seeds_scatter_as_they_were_made_to():
     runs = table(noise=0.01)
