@@ -147,8 +147,8 @@ def cost(workdir: Path) -> dict[str, dict]:
     return found
 
 
-def write(tables: dict[str, RunTable], workdir: Path, results: Path) -> None:
-    """Tables, law.json, summary.json, the figures and the page."""
+def write(tables: dict[str, RunTable], workdir: Path, results: Path, report: Path) -> None:
+    """Tables, law.json, summary.json and the figures into ``results``; last the page."""
     runs, curves = fit.read([workdir / "main"])
     main = fit.fit(runs, curves, bootstrap=FLAGS.bootstrap)
     summary = summarise(tables, main, workdir)
@@ -167,6 +167,7 @@ def write(tables: dict[str, RunTable], workdir: Path, results: Path) -> None:
     fit.write(main, results, more=page.sections(summary, drawn))
     for name, text in drawn.items():
         write_atomically(results / "figures" / f"{name}.svg", text)
+    os.replace(results / "report.html", report)
 
 
 def other_runs(workdir: Path) -> str:
@@ -190,7 +191,7 @@ def main() -> None:
         for kind in FLAGS.kinds or study.KINDS:
             train(kind, workdir)
     if not FLAGS.kinds:
-        write(read_kinds(workdir), workdir, HERE / "results" / "full")
+        write(read_kinds(workdir), workdir, HERE / "results" / "full", HERE / "report.html")
 
 
 if __name__ == "__main__":

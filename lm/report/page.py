@@ -88,8 +88,8 @@ def page(study: Study, figures: dict[str, str], more: Sequence[str] = ()) -> str
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"\n<style>\n{css}</style></head>\n<body>\n"
         + "\n".join(section for section in sections if section)
-        + '\n<footer class="note">Written by <code>python -m lm.fit</code>; law.json beside this'
-        " page holds its numbers.</footer>\n</body></html>\n"
+        + '\n<footer class="note">Written by <code>python -m lm.fit</code>; law.json,'
+        " written with it, holds its numbers.</footer>\n</body></html>\n"
     )
 
 

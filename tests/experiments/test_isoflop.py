@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.isoflop import analysis, calibrate, figures, page, run, study
+from experiments.results import as_csv
 from lm import arithmetic, fit
 from lm.config_file import load
 from lm.report.study import plain
@@ -204,3 +205,49 @@ def test_figures_and_page_show_every_number(main):
     assert text.count("<svg") == 4
     for shown in ("0.835", "1.20", "(1.10, 1.30)", "93 %", f"{rows[0]['a']:.3f}"):
         assert shown in text
+
+
+@pytest.mark.slow  # half a minute of fits
+def test_tables_of_all_kinds_become_results_and_a_page(tmp_path):
+    """As ``--norun`` would, of synthetic tables; what is written agrees with what was put in."""
+    runs = table(noise=0.002, budgets=(*study.BUDGETS, 1e13, 3e13))
+    rows = [
+        {name: values[i] for name, values in runs.columns.items()}
+        | {"run_id": f"r{i}", "loss": runs.loss[i], "params": runs.params[i]}
+        | {"tokens": runs.tokens[i], "flops": runs.flops[i], "status": "done"}
+        | {"wall_seconds": 10.0, "step_seconds": 9.5}
+        for i in range(len(runs))
+    ]  # fmt: skip
+    often = [int(x) for x in np.argsort(-np.bincount(runs.columns["d_model"].astype(int)))[:3]]
+    steps = np.linspace(0.1, 1, 10)
+    curves = [
+        {"run_id": row["run_id"], "tokens": row["tokens"] * x, "flops": row["flops"] * x,
+         "train_loss": float(LAW.loss(row["params"], row["tokens"] * x)), "validation_loss": ""}
+        for row in rows for x in steps
+    ]  # fmt: skip
+    blank = dict.fromkeys(run.KEPT, "")
+    workdir, results, report = tmp_path / "runs", tmp_path / "results", tmp_path / "report.html"
+    for kind in study.KINDS:
+        kept = [row for row in rows if row["d_model"] in often] if kind == "smaller" else rows
+        (workdir / kind).mkdir(parents=True)
+        (workdir / kind / "runs.csv").write_text(as_csv([blank | row for row in kept]))
+        (workdir / kind / "curves.csv").write_text(as_csv(curves))
+        (workdir / kind / "calls.jsonl").write_text(json.dumps({"wall_seconds": 3600.0}) + "\n")
+    (workdir / "python_source.jsonl").write_text("{}\n")
+
+    run.FLAGS(["run", "--bootstrap=20"])
+    run.write(run.read_kinds(workdir), workdir, results, report)
+    summary, law = (json.loads((results / f"{x}.json").read_text()) for x in ("summary", "law"))
+    optimum = np.log([LAW.optimum(c).params for c in (1e11, 3e13)])
+    assert law["approaches"]["isoflop"]["a"] == pytest.approx(
+        np.diff(optimum)[0] / np.log(300), abs=0.05
+    )
+    assert summary["held_out"]["flops"] == 3e13
+    assert abs(summary["held_out"]["parametric"]["loss_error"]) < 0.005
+    assert summary["cost"]["main"]["goodput"] == pytest.approx(0.95)
+    assert summary["rms_log_residual"] == pytest.approx(0.002, rel=0.3)
+    assert len((results / "other_runs.csv").read_text().splitlines()) > len(rows)
+    text = report.read_text()
+    assert text.count("<svg") >= 8 and not (results / "report.html").exists()
+    figures_of = {path.stem for path in (results / "figures").iterdir()}
+    assert {"isoflop", "exponents", "ladder", "held_out", "over_training"} <= figures_of
