@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +34,7 @@ FAULTS = (
     *("training_kills", "sweep_kills", "preemption", "damaged_checkpoints", "not_finite"),
     *("full_disk", "ray_node", "host_kills", "malformed"),
 )
+OF_ALL = ("trial", "code", "seconds")  # columns
 COSTS = HERE.parent / "checkpoint_cost" / "results" / "checkpoint_cost.json"
 BEGIN, END = "<!-- table: written by run.py -->\n", "<!-- end of table -->"
 
@@ -84,10 +86,11 @@ def inject(name: str, fault: ModuleType, times: int, workdir: Path, out: Path) -
         except Exception as error:
             traceback.print_exc()
             row = {"faults": 1, "wrong": f"{type(error).__name__}: {error}".split("\n")[0]}
-        row |= {"trial": number, "seconds": round(time.monotonic() - started, 1)}
+        seconds = round(time.monotonic() - started, 1)
+        row |= {"trial": number, "code": commit_of_code(), "seconds": seconds}
         rows.append(row)
         text = io.StringIO()
-        writer = csv.DictWriter(text, ("trial", "seconds", *fault.COLUMNS), lineterminator="\n")
+        writer = csv.DictWriter(text, (*OF_ALL, *fault.COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(path, text.getvalue())
@@ -95,6 +98,19 @@ def inject(name: str, fault: ModuleType, times: int, workdir: Path, out: Path) -
         print(f"{name} {number}: {done + row['faults']}/{times} faults, {wrong}", flush=True)
         if not row["wrong"]:
             shutil.rmtree(folder)
+
+
+def commit_of_code() -> str:
+    """The last commit that changed lm/, with a + where that has changed since; "" without git."""
+    git = ["git", "-C", str(HERE.parents[1])]
+    try:
+        found = subprocess.run(
+            [*git, "log", "-1", "--format=%h", "--", "lm"], capture_output=True, text=True
+        ).stdout.strip()
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "lm"]).returncode == 1
+    except OSError:
+        return ""
+    return found + "+" * dirty
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -116,7 +132,11 @@ def as_table(rows: dict[str, list[dict]]) -> str:
         if found and hasattr(fault, "told"):
             result += f"; {fault.told(found)}"
         lines.append(f"| {fault.FAULT} | {done} of {fault.TIMES} | {fault.REQUIRED} | {result} |")
-    return "\n".join(lines + costs(COSTS)) + "\n"
+    codes = dict.fromkeys(
+        row["code"] for found in rows.values() for row in found if row.get("code")
+    )
+    told = ["", f"Trials with lm/ as of commit {', '.join(codes)}."] if codes else []
+    return "\n".join(lines + costs(COSTS) + told) + "\n"
 
 
 def costs(path: Path) -> list[str]:

@@ -49,6 +49,7 @@ def test_it_goes_on_after_the_last_trial_and_tells_what_was_wrong(campaign, monk
             raise RuntimeError("broken\nfor good")
         return {"faults": 2, "measure": number, "wrong": ""}
 
+    monkeypatch.setattr(run, "commit_of_code", lambda: "abc")
     monkeypatch.setattr(run, "FAULTS", ("one", "none"))
     monkeypatch.setattr(
         run, "load", lambda name: fault(trial) if name == "one" else fault(None, "no root")
@@ -66,6 +67,7 @@ def test_it_goes_on_after_the_last_trial_and_tells_what_was_wrong(campaign, monk
     with (tmp_path / "out/results/one.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [r["wrong"] for r in rows] == ["", "", "RuntimeError: broken"]
+    assert {r["code"] for r in rows} == {"abc"} and "as of commit abc." in printed
     assert [p.name for p in (tmp_path / "broken/one").iterdir()] == ["2"]  # kept to be looked at
     assert call()[0] == 1 and seen == [0, 1, 1, 2]
 
