@@ -127,11 +127,12 @@ def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> di
 
 
 def cost(workdir: Path) -> dict[str, dict]:
-    """Of each kind's sweep: hours of its calls, runs, FLOPs, and the useful share of the time."""
+    """Of each kind's sweep: runs, FLOPs, hours of all workers, and the steps' share of them.
+
+    By what the runs say of themselves, so that sweeps that were interrupted count whole.
+    """
     found = {}
     for kind in study.KINDS:
-        calls = (workdir / kind / "calls.jsonl").read_text().splitlines()
-        hours = sum(json.loads(call)["wall_seconds"] for call in calls) / 3600
         with (workdir / kind / "runs.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         seconds = [float(row["step_seconds"]) for row in rows]
@@ -140,9 +141,8 @@ def cost(workdir: Path) -> dict[str, dict]:
             "runs": len(rows),
             "diverged": [row["run_id"] for row in rows if row["status"] == "diverged"],
             "flops": sum(float(row["flops"]) for row in rows),
-            "hours": hours,
+            "hours": sum(walls) / FLAGS.workers / 3600,
             "goodput": sum(seconds) / sum(walls),
-            "cores_busy_with_steps": sum(seconds) / (3600 * hours * FLAGS.workers),
         }
     return found
 

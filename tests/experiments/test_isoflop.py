@@ -232,7 +232,6 @@ def test_tables_of_all_kinds_become_results_and_a_page(tmp_path):
         (workdir / kind).mkdir(parents=True)
         (workdir / kind / "runs.csv").write_text(as_csv([blank | row for row in kept]))
         (workdir / kind / "curves.csv").write_text(as_csv(curves))
-        (workdir / kind / "calls.jsonl").write_text(json.dumps({"wall_seconds": 3600.0}) + "\n")
     (workdir / "python_source.jsonl").write_text("{}\n")
 
     run.FLAGS(["run", "--bootstrap=20"])
