@@ -1,6 +1,7 @@
 """What the full study's tables say, as pure functions: run tables in, rows and numbers out."""
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from lm.report.study import Study
 from lm.scaling import (
@@ -37,6 +38,8 @@ TOGETHER = (
 )
 WINDOW = 6.0  # times the size of each budget's best run: badly tuned profiles are no parabolas
 FEWER_STARTS = 50  # one in so many of Hoffmann's 4,500: all of them end alike
+NEAR = 3.0  # times the line's N_opt
+FORM_STARTS = 24
 GRID = 400  # points of a curve in which a crossing is looked for
 
 
@@ -191,6 +194,69 @@ def over_training(
                 "interval95": percentile_interval(draws[np.isfinite(draws[:, i]), i], 0.95),
                 "draws_beyond_the_runs": float(np.mean(~np.isfinite(draws[:, i]))),
                 "cost_by_the_law": tokens * float(per_token[size]) / base,
+            }
+        )
+    return rows
+
+
+def bent_loss(constants: np.ndarray, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """E + (A / N^alpha + B / D^beta)^gamma of (log E, log A, alpha, log B, beta[, log gamma]).
+
+    Hoffmann et al.'s law with gamma = 1, Kaplan et al.'s equation 1.5 with E = 0 and beta = 1.
+    The optimum lies where it lies with gamma = 1.
+    """
+    log_E, log_A, alpha, log_B, beta, *log_gamma = constants
+    of_N, of_D = log_A - alpha * np.log(params), log_B - beta * np.log(tokens)
+    gamma = np.exp(log_gamma[0]) if log_gamma else 1.0
+    return np.exp(log_E) + np.exp(gamma * np.logaddexp(of_N, of_D))
+
+
+def forms(study: Study, seed: int = 0) -> list[dict]:
+    """Whether it is the noise or the form of the law that Approach 3's residuals are of.
+
+    Least squares on log loss of Hoffmann et al.'s five constants: on all runs, and on those near
+    the line of Approach 2. Then with a sixth, gamma. Each also without the top budget: by how much,
+    in the mean, it foresees the losses of that one's runs too high.
+    """
+    runs, line = study.runs, study.fits["isoflop"]
+    top = runs.columns["budget"] == runs.columns["budget"].max()
+    near = abs(np.log(runs.params / line.optimal_params(runs.flops))) < np.log(NEAR)
+    all_runs, rng = np.full(len(runs), True), np.random.default_rng(seed)
+    low, high = (-1.0, 2.0, 0.2, 2.0, 0.2, -1.0), (0.3, 6.0, 0.8, 9.0, 0.8, 0.3)
+    starts = rng.uniform(low, high, (FORM_STARTS, 6))
+
+    def fitted(n: int, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Constants, and log residuals of all runs."""
+
+        def residuals(constants, rows):
+            found = bent_loss(constants, runs.params[rows], runs.tokens[rows])
+            return np.log(found) - np.log(runs.loss[rows])
+
+        bounds = np.array([(-8, -20, 0.01, -20, 0.01, -3), (2, 60, 3, 60, 3, 3)])[:, :n]
+        found = [
+            least_squares(residuals, start[:n], bounds=bounds, x_scale="jac", args=(kept,))
+            for start in starts
+        ]
+        best = min(found, key=lambda each: each.cost).x
+        return best, residuals(best, all_runs)
+
+    rows = []
+    for name, n, kept in (
+        ("E + A / N^α + B / D^β", 5, all_runs),
+        (f"the same, N within a factor {NEAR:g} of N_opt", 5, near),
+        ("E + (A / N^α + B / D^β)^γ", 6, all_runs),
+    ):
+        constants, residuals = fitted(n, kept)
+        _, beyond = fitted(n, kept & ~top)
+        rows.append(
+            {
+                "form": name,
+                "runs": int(kept.sum()),
+                "rms_log_residual": float(np.sqrt(np.mean(residuals[kept] ** 2))),
+                "a": float(constants[4] / (constants[2] + constants[4])),
+                "gamma": float(np.exp(constants[5])) if n == 6 else 1.0,
+                "E": float(np.exp(constants[0])),
+                "top_budget": float(np.mean(beyond[kept & top])),
             }
         )
     return rows

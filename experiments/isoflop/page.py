@@ -12,6 +12,7 @@ def sections(summary: dict, figures: dict[str, str]) -> list[str]:
         _ladder(summary["ladder"], figures["ladder"]),
         _elsewhere(summary["elsewhere"], figures["exponents"]),
         _over_training(summary["over_training"], figures["over_training"]),
+        _forms(summary["forms"]),
         _trust(summary),
     ]
 
@@ -77,6 +78,17 @@ def _over_training(rows: list[dict], figure: str) -> str:
     return (
         "<h2>Smaller models at equal loss</h2>" + html.figure(figure, caption) + _table(head, cells)
     )
+
+
+def _forms(rows: list[dict]) -> str:
+    cells = [
+        (row["form"].replace("_opt", "<sub>opt</sub>"), str(row["runs"]),
+         f"{100 * row['rms_log_residual']:.2f} %", decimal(row["a"]), decimal(row["gamma"], 2),
+         f"{100 * row['top_budget']:+.2f} %")
+        for row in rows
+    ]  # fmt: skip
+    head = ("", "runs", "residual, rms", "a", "γ", "top budget foreseen")
+    return "<h2>The form of the law</h2>" + _table(head, cells)
 
 
 def _trust(summary: dict) -> str:

@@ -113,6 +113,7 @@ def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> di
             },
             "seed_scatter": analysis.seed_scatter(tables["main"]),
             "rms_log_residual": main.fits["parametric"].goodness["rms_log_residual"],
+            "forms": analysis.forms(main),
             "repeated": analysis.repeated(tables["main"]),
             "without_repeats": {
                 name: {"a": f.a, "interval95": f.a_interval95} for name, f in once.fits.items()

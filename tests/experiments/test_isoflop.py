@@ -176,6 +176,27 @@ def test_seeds_scatter_as_they_were_made_to():
     assert len(repeats) + len(analysis.without_repeats(runs)) == len(runs) and repeats
 
 
+def test_a_bent_law_is_told_from_noise(main):
+    """Where the five constants hold, a sixth changes nothing; where they do not, it shows."""
+    straight = {row["form"]: row for row in analysis.forms(main)}
+    five, near, six = straight.values()
+    assert five["rms_log_residual"] == pytest.approx(0.002, rel=0.2)
+    assert six["rms_log_residual"] == pytest.approx(five["rms_log_residual"], rel=0.05)
+    assert 20 < near["runs"] < five["runs"] and abs(five["top_budget"]) < 0.004
+    assert five["a"] == pytest.approx(LAW.a, abs=0.02)
+
+    runs, constants = main.runs, [np.log(0.6), 6.0, 0.6, 7.2, 0.53, np.log(0.4)]
+    noise = np.exp(0.002 * np.random.default_rng(1).standard_normal(len(runs)))
+    loss = analysis.bent_loss(constants, runs.params, runs.tokens) * noise
+    bent = dataclasses.replace(main, runs=dataclasses.replace(runs, loss=loss))
+    five, near, six = analysis.forms(bent)
+    assert six["rms_log_residual"] == pytest.approx(0.002, rel=0.2)
+    assert five["rms_log_residual"] > 2 * six["rms_log_residual"]
+    assert six["gamma"] == pytest.approx(0.4, rel=0.3)
+    assert six["a"] == pytest.approx(0.53 / 1.13, abs=0.02)
+    assert abs(six["top_budget"]) < 0.004 < abs(five["top_budget"])
+
+
 def test_figures_and_page_show_every_number(main):
     runs = main.runs
     tables = dict.fromkeys(study.KINDS, runs)
@@ -190,6 +211,7 @@ def test_figures_and_page_show_every_number(main):
         dict(
             held_out=foreseen, ladder=rows, elsewhere=elsewhere, over_training=smaller,
             seed_scatter=analysis.seed_scatter(runs), rms_log_residual=0.002, repeated=["x"],
+            forms=analysis.forms(main),
             without_repeats={"isoflop": {"a": 0.5}},
             cost={"main": {"runs": 80, "flops": 5e14, "hours": 1.5, "goodput": 0.93}},
         )
