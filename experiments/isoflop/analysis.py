@@ -90,6 +90,15 @@ def without_repeats(table: RunTable) -> RunTable:
     return table.where(table.columns["epochs"] <= 1)
 
 
+def without_each_budget(table: RunTable) -> dict[str, float]:
+    """Approach 2's a without one of the budgets, by that."""
+    budgets = table.columns["budget"]
+    return {
+        f"{budget:g}": fit_isoflop(table.where(budgets != budget), bootstrap=0).a
+        for budget in np.unique(budgets)
+    }
+
+
 def repeated(table: RunTable) -> list[str]:
     """Run ids of more than one epoch."""
     return [str(run_id) for run_id in table.run_id[table.columns["epochs"] > 1]]

@@ -96,9 +96,13 @@ def _trust(summary: dict) -> str:
     once = ", ".join(
         f"{name} {found['a']:.3f}" for name, found in summary["without_repeats"].items()
     )
+    budgets = ", ".join(
+        f"{power(float(k))} {a:.3f}" for k, a in summary["without_each_budget"].items()
+    )
     main = summary["cost"]["main"]
     facts = (
         f"Runs that differ in their seed alone scatter in loss by ({scatter} parameters).",
+        f"Approach 2’s a without one of the budgets: {budgets}.",
         f"Residuals of Approach 3: {100 * summary['rms_log_residual']:.2f} % rms.",
         f"{len(summary['repeated'])} runs saw their corpus more than once; without them a: {once}.",
         f"The main sweep: {main['runs']} runs, {power(main['flops'])} FLOPs, {main['hours']:.2f}"

@@ -118,6 +118,7 @@ def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> di
             "without_repeats": {
                 name: {"a": f.a, "interval95": f.a_interval95} for name, f in once.fits.items()
             },
+            "without_each_budget": analysis.without_each_budget(tables["main"]),
             "held_out": analysis.held_out(main, draws),
             "ladder": analysis.ladder(tables, study.BUDGETS, draws),
             "elsewhere": elsewhere,

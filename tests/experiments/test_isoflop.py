@@ -172,6 +172,11 @@ def test_seeds_scatter_as_they_were_made_to():
     assert found["all"] == pytest.approx(0.01, rel=0.3)
     assert set(found) == {"all", "below 50,000", "above"}
     assert analysis.seed_scatter(table(noise=1e-6))["all"] < 2e-6
+    exact = table(noise=1e-6)
+    whole, without = fit_isoflop(exact, bootstrap=0).a, analysis.without_each_budget(exact)
+    assert list(without) == ["1e+11", "3e+11", "1e+12", "3e+12", "1e+13"]
+    assert np.ptp(list(without.values())) > 0  # each is another fit, of one law
+    assert list(without.values()) == pytest.approx([whole] * 5, abs=0.02)
     repeats = analysis.repeated(runs)
     assert len(repeats) + len(analysis.without_repeats(runs)) == len(runs) and repeats
 
@@ -211,7 +216,7 @@ def test_figures_and_page_show_every_number(main):
         dict(
             held_out=foreseen, ladder=rows, elsewhere=elsewhere, over_training=smaller,
             seed_scatter=analysis.seed_scatter(runs), rms_log_residual=0.002, repeated=["x"],
-            forms=analysis.forms(main),
+            forms=analysis.forms(main), without_each_budget=analysis.without_each_budget(runs),
             without_repeats={"isoflop": {"a": 0.5}},
             cost={"main": {"runs": 80, "flops": 5e14, "hours": 1.5, "goodput": 0.93}},
         )
