@@ -46,15 +46,17 @@ GRID = 400  # points of a curve in which a crossing is looked for
 def exponent(table: RunTable, conventions: tuple[str, str], bootstrap: int) -> dict:
     """Approach 2's a with intervals, and by Akima; or why there is none."""
     params, flops = conventions
-    row = {"params": params, "flops": flops, "runs": len(table)}
     counted = recount(table, params=params, flops=flops)
     try:
         fitted = fit_isoflop(counted, window=WINDOW, bootstrap=bootstrap)
         akima = fit_isoflop(counted, window=WINDOW, estimator="akima", bootstrap=0).a
     except CannotFit as error:
-        return row | {"a": None, "akima": None, "reason": str(error)}
+        return none(conventions, len(table), str(error))
     left_out = {f"{p.flops:.3g}": p.reason for p in fitted.profiles if p.reason}
-    return row | {
+    return {
+        "params": params,
+        "flops": flops,
+        "runs": len(table),
         "a": fitted.a,
         "akima": akima,
         "interval80": fitted.a_interval80,
@@ -65,17 +67,25 @@ def exponent(table: RunTable, conventions: tuple[str, str], bootstrap: int) -> d
     }
 
 
+def none(conventions: tuple[str, str], runs: int = 0, reason: str = "not run") -> dict:
+    """The row of an exponent that is not there."""
+    params, flops = conventions
+    row = {"params": params, "flops": flops, "runs": runs}
+    return row | {"a": None, "akima": None, "reason": reason}
+
+
 def ladder(tables: dict[str, RunTable], budgets: tuple[float, ...], bootstrap: int) -> list[dict]:
     """From Chinchilla's settings one step towards Kaplan's at a time, then from Kaplan's down.
 
-    ``tables`` by kind; of the main study the runs at ``budgets``, as the others have them.
+    ``tables`` by kind; of the main study the runs at ``budgets``, as the others have them. Rungs
+    of kinds that are missing say so.
     """
     tables = tables | {"main": at_budgets(tables["main"], budgets)}
     alone = [("one at a time", *rung, None) for rung in ONE_AT_A_TIME]
     together = [("together", *rung) for rung in TOGETHER]
     return [
         {"part": part, "rung": rung, "kind": kind, "porian2024": published}
-        | exponent(tables[kind], counted, bootstrap)
+        | (exponent(tables[kind], counted, bootstrap) if kind in tables else none(counted))
         for part, rung, kind, counted, published in alone + together
     ]
 

@@ -7,11 +7,12 @@ from lm.report.notation import count, decimal, interval, power
 
 def sections(summary: dict, figures: dict[str, str]) -> list[str]:
     """HTML of ``summary.json``'s parts, each with its figure."""
+    smaller = summary["over_training"]
     return [
         _held_out(summary["held_out"], figures["held_out"]),
         _ladder(summary["ladder"], figures["ladder"]),
         _elsewhere(summary["elsewhere"], figures["exponents"]),
-        _over_training(summary["over_training"], figures["over_training"]),
+        _over_training(smaller, figures["over_training"]) if smaller else "",
         _forms(summary["forms"]),
         _trust(summary),
     ]

@@ -4,8 +4,8 @@
     python -m experiments.isoflop.run --workdir=runs/isoflop [--kinds=main,batch] [--norun]
 
 Trains what is missing by ``lm.sweep``, so that the same command goes on after an interruption, and
-writes ``results/full/`` and ``report.html`` from all kinds, which must be there. ``--kinds`` trains
-these only and writes nothing; ``--norun`` only analyses. Three hours of two cores.
+writes ``results/full/`` and ``report.html``. ``--kinds`` trains these only and writes nothing;
+``--norun`` only analyses, and leaves out kinds that are not there whole. Three hours of two cores.
 """
 
 import csv
@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,11 @@ KEPT = (  # of the kinds beside the main one; the main one's table is kept whole
     " n_heads n_kv_heads d_ff head_width vocab_size tied seq_len batch_tokens learning_rate"
     " warmup_tokens epochs wall_seconds step_seconds"
 ).split()
+ELSEWHERE = {
+    "English, bytes": "same",  # the main study at the others' budgets
+    "Python source, bytes": "python_source",
+    "English, BPE of 512": "bpe512",
+}
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", None, "folder of the sweeps", flag_values=FLAGS)
@@ -81,36 +87,34 @@ def smaller_widths(main: RunTable) -> list[int]:
 
 
 def read_kinds(workdir: Path) -> dict[str, RunTable]:
-    """The finished runs by kind."""
-    missing = [kind for kind in study.KINDS if not (workdir / kind / "runs.csv").exists()]
-    if missing:
-        raise BadInput(f"{workdir}: no runs of {', '.join(missing)}; run without --norun first")
-    return {kind: read_runs(workdir / kind) for kind in study.KINDS}
+    """The runs of the kinds whose sweeps have ended; the main one's must have."""
+    ended = [kind for kind in study.KINDS if (workdir / kind / "calls.jsonl").exists()]
+    if "main" not in ended:
+        raise BadInput(f"{workdir}: the main sweep is not there whole; run without --norun first")
+    for kind in study.KINDS:
+        if kind not in ended:
+            print(f"{kind}: left out, its sweep has not ended")
+    return {kind: read_runs(workdir / kind) for kind in ended}
 
 
 def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> dict:
     """All that the figures and the page show beyond ``main``'s own law.json."""
     draws = FLAGS.bootstrap
-    named = {
-        "English, bytes": analysis.at_budgets(tables["main"], study.BUDGETS),
-        "Python source, bytes": tables["python_source"],
-        "English, BPE of 512": tables["bpe512"],
-    }
+    tables = tables | {"same": analysis.at_budgets(tables["main"], study.BUDGETS)}
     elsewhere = [
-        {"name": name} | analysis.exponent(table, analysis.AS_COUNTED, draws)
-        for name, table in named.items()
+        {"name": name} | analysis.exponent(tables[kind], analysis.AS_COUNTED, draws)
+        for name, kind in ELSEWHERE.items()
+        if kind in tables
     ]
     once = fit.fit(analysis.without_repeats(tables["main"]), main.curves, bootstrap=draws)
-    smaller = analysis.over_training(
-        tables["smaller"], main.fits["parametric"], study.SMALLER_BASE, min(draws, 1000)
-    )
+    smaller = []
+    if "smaller" in tables:
+        law, base = main.fits["parametric"], study.SMALLER_BASE
+        smaller = analysis.over_training(tables["smaller"], law, base, min(draws, 1000))
     return plain(
         {
             "schema": 1,
-            "python_source": {
-                "python": platform.python_version(),
-                "bytes": (workdir / "python_source.jsonl").stat().st_size,
-            },
+            "python": platform.python_version(),
             "seed_scatter": analysis.seed_scatter(tables["main"]),
             "rms_log_residual": main.fits["parametric"].goodness["rms_log_residual"],
             "forms": analysis.forms(main),
@@ -123,18 +127,18 @@ def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> di
             "ladder": analysis.ladder(tables, study.BUDGETS, draws),
             "elsewhere": elsewhere,
             "over_training": smaller,
-            "cost": cost(workdir),
+            "cost": cost(workdir, tables),
         }
     )
 
 
-def cost(workdir: Path) -> dict[str, dict]:
+def cost(workdir: Path, kinds: Iterable[str]) -> dict[str, dict]:
     """Of each kind's sweep: runs, FLOPs, hours of all workers, and the steps' share of them.
 
     By what the runs say of themselves, so that sweeps that were interrupted count whole.
     """
     found = {}
-    for kind in study.KINDS:
+    for kind in kinds:
         with (workdir / kind / "runs.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         seconds = [float(row["step_seconds"]) for row in rows]
@@ -158,13 +162,14 @@ def write(tables: dict[str, RunTable], workdir: Path, results: Path, report: Pat
         "exponents": figures.exponents(main, summary["elsewhere"]),
         "ladder": figures.ladder(summary["ladder"]),
         "held_out": figures.held_out(main, summary["held_out"]),
-        "over_training": figures.over_training(
-            summary["over_training"], tables["smaller"], study.SMALLER_BASE
-        ),
     }
+    if smaller := summary["over_training"]:
+        base = study.SMALLER_BASE
+        drawn["over_training"] = figures.over_training(smaller, tables["smaller"], base)
     for name in ("runs.csv", "curves.csv"):
         write_atomically(results / name, (workdir / "main" / name).read_text())
-    write_atomically(results / "other_runs.csv", other_runs(workdir))
+    if others := [kind for kind in tables if kind != "main"]:
+        write_atomically(results / "other_runs.csv", other_runs(workdir, others))
     write_atomically(results / "summary.json", json.dumps(summary, indent=1) + "\n")
     fit.write(main, results, more=page.sections(summary, drawn))
     for name, text in drawn.items():
@@ -172,10 +177,10 @@ def write(tables: dict[str, RunTable], workdir: Path, results: Path, report: Pat
     os.replace(results / "report.html", report)
 
 
-def other_runs(workdir: Path) -> str:
-    """The runs of all kinds but the main one in one table."""
+def other_runs(workdir: Path, kinds: Iterable[str]) -> str:
+    """The runs of these kinds in one table."""
     rows = []
-    for kind in study.KINDS[1:]:
+    for kind in kinds:
         with (workdir / kind / "runs.csv").open(newline="") as file:
             found = [row | {"kind": kind} for row in csv.DictReader(file)]
         rows += [{name: row[name] for name in KEPT} for row in found]

@@ -100,6 +100,7 @@ def test_the_ladder_finds_a_known_exponent_and_says_where_there_is_none():
     runs = table(noise=1e-4)
     tables = dict.fromkeys(study.KINDS, runs)
     tables["batch"] = runs.where(runs.columns["budget"] == 1e12)  # one budget: no line
+    del tables["rate"]
     rows = analysis.ladder(tables, study.BUDGETS, bootstrap=20)
     assert len(rows) == len(analysis.ONE_AT_A_TIME) + len(analysis.TOGETHER)
     by = {row["rung"]: row for row in rows}
@@ -108,6 +109,7 @@ def test_the_ladder_finds_a_known_exponent_and_says_where_there_is_none():
     assert tuned["a"] == pytest.approx(tuned["akima"], abs=0.05)
     assert alone["a"] > tuned["a"] + 0.03  # the head is the smaller, the larger the model
     assert by["batch: fixed"]["a"] is None and by["batch: fixed"]["reason"]
+    assert by["rate: Kaplan's rule"]["reason"] == "not run" != by["batch: fixed"]["reason"]
     assert all(flops < 3.1e12 for flops, *_ in tuned["optima"])
 
 
@@ -205,6 +207,7 @@ def test_a_bent_law_is_told_from_noise(main):
 def test_figures_and_page_show_every_number(main):
     runs = main.runs
     tables = dict.fromkeys(study.KINDS, runs)
+    del tables["rate"]
     elsewhere = [{"name": "English"} | analysis.exponent(runs, analysis.AS_COUNTED, 20)]
     rows = analysis.ladder(tables, study.BUDGETS, bootstrap=20)
     foreseen = analysis.held_out(main, 20)
@@ -230,7 +233,7 @@ def test_figures_and_page_show_every_number(main):
     }
     text = "".join(page.sections(summary, drawn))
     assert text.count("<svg") == 4
-    for shown in ("0.835", "1.20", "(1.10, 1.30)", "93 %", f"{rows[0]['a']:.3f}"):
+    for shown in ("0.835", "not run", "1.20", "(1.10, 1.30)", "93 %", f"{rows[0]['a']:.3f}"):
         assert shown in text
 
 
@@ -259,7 +262,7 @@ def test_tables_of_all_kinds_become_results_and_a_page(tmp_path):
         (workdir / kind).mkdir(parents=True)
         (workdir / kind / "runs.csv").write_text(as_csv([blank | row for row in kept]))
         (workdir / kind / "curves.csv").write_text(as_csv(curves))
-    (workdir / "python_source.jsonl").write_text("{}\n")
+        (workdir / kind / "calls.jsonl").touch()
 
     run.FLAGS(["run", "--bootstrap=20"])
     run.write(run.read_kinds(workdir), workdir, results, report)
