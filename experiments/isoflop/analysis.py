@@ -266,7 +266,7 @@ def forms(study: Study, seed: int = 0) -> list[dict]:
         ("E + (A / N^α + B / D^β)^γ", 6, all_runs),
     ):
         constants, residuals = fitted(n, kept)
-        _, beyond = fitted(n, kept & ~top)
+        below, beyond = fitted(n, kept & ~top)
         rows.append(
             {
                 "form": name,
@@ -275,6 +275,7 @@ def forms(study: Study, seed: int = 0) -> list[dict]:
                 "a": float(constants[4] / (constants[2] + constants[4])),
                 "gamma": float(np.exp(constants[5])) if n == 6 else 1.0,
                 "E": float(np.exp(constants[0])),
+                "constants_below_top": below.tolist(),
                 "top_budget": float(np.mean(beyond[kept & top])),
             }
         )

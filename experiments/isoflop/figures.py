@@ -4,6 +4,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.isoflop.analysis import bent_loss
 from lm.report.figures import COLOURS, GREY, INK, STYLE, WIDTH, log_axis, svg
 from lm.report.notation import count, power
 from lm.report.study import APPROACH_NAMES, TABLE_2, Study
@@ -39,31 +40,36 @@ def exponents(study: Study, elsewhere: list[dict]) -> str:
 
 
 def ladder(rows: list[dict]) -> str:
-    """Left: one of Kaplan's settings at a time. Right: all, and back down, beside Porian et al."""
+    """Above: one of Kaplan's settings at a time. Below: all, and back, beside Porian et al."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.6))
-        panels = figure.subplots(1, 2)
-        for axes, part in zip(panels, ("one at a time", "together"), strict=True):
-            shown = [row for row in rows if row["part"] == part]
+        parts = [
+            [row for row in rows if row["part"] == part] for part in ("one at a time", "together")
+        ]
+        figure = Figure(figsize=(WIDTH, 1.4 + 0.27 * len(rows)))
+        panels = figure.subplots(2, 1, sharex=True, height_ratios=list(map(len, parts)))
+        for axes, shown in zip(panels, parts, strict=True):
             for i, row in enumerate(shown):
                 if row["a"] is not None:
                     axes.plot(row["interval95"], (i, i), color=OURS, lw=1.2, alpha=0.55)
                     axes.plot(row["interval80"], (i, i), color=OURS, lw=4, alpha=0.55)
-                    axes.plot(row["a"], i, "o", color=OURS, ms=6, label="here" if i == 0 else None)
+                axes.plot(row["a"] or np.nan, i, "o", color=OURS, ms=6, label="" if i else "here")
                 if row["porian2024"] is not None:
-                    label = "Porian et al. 2024" if i == 0 else None
+                    label = "" if i else "Porian et al. 2024"
                     axes.plot(row["porian2024"], i, "D", color=THEIRS, ms=6, label=label)
-            axes.axvline(0.5, color=THEIRS, lw=0.8, ls=":")
-            axes.axvline(0.73, color=THEIRS, lw=0.8, ls=":")
+            for published in (0.5, 0.73):
+                axes.axvline(published, color=THEIRS, lw=0.8, ls=":")
             axes.set_yticks(range(len(shown)), [row["rung"] for row in shown])
-            axes.invert_yaxis()
-            axes.set(xlabel="exponent a of N ~ Cᵃ", title=part.capitalize())
-        panels[1].legend(loc="lower right")
+            axes.set(ylim=(len(shown) - 0.5, -0.5), title=shown[0]["part"].capitalize())
+        panels[1].set(xlabel="exponent a of N ~ Cᵃ; dotted: 0.50 and Kaplan et al.'s 0.73")
+        panels[1].legend(loc="upper left")
         return svg(figure)
 
 
-def held_out(study: Study, foreseen: dict) -> str:
-    """The top budget's runs and minimum, and what the budgets below it foresaw."""
+def held_out(study: Study, foreseen: dict, bent: list[float]) -> str:
+    """The top budget's runs and minimum, and what the budgets below it foresaw.
+
+    ``bent``: constants of ``analysis.bent_loss``, of the budgets below as well.
+    """
     profile = next(p for p in study.fits["isoflop"].profiles if p.flops > 0.9 * foreseen["flops"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.8))
@@ -77,15 +83,12 @@ def held_out(study: Study, foreseen: dict) -> str:
         tokens = np.interp(
             np.log(grid), np.log(profile.params), np.log(profile.tokens)
         )  # between the runs' own
-        axes.plot(
-            grid,
-            E + A / grid**alpha + B / np.exp(tokens) ** beta,
-            color=COLOURS["parametric"],
-            lw=1.4,
-            ls="--",
-            label="foreseen by Approach 3",
-        )
-        axes.plot(law["params"], law["loss"], "D", color=COLOURS["parametric"], ms=7)
+        tokens = np.exp(tokens)
+        three, six = E + A / grid**alpha + B / tokens**beta, bent_loss(bent, grid, tokens)
+        colour = COLOURS["parametric"]
+        axes.plot(grid, three, color=colour, lw=1.4, ls="--", label="foreseen by Approach 3")
+        axes.plot(grid, six, color=colour, lw=1.4, ls=":", label="and with a sixth constant")
+        axes.plot(law["params"], law["loss"], "D", color=colour, ms=7)
         axes.axvspan(*line["interval80"], color=COLOURS["envelope"], alpha=0.13, lw=0)
         axes.axvline(line["params"], color=COLOURS["envelope"], label="foreseen by Approach 2")
         log_axis(axes.xaxis, count)

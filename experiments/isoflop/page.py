@@ -30,7 +30,7 @@ def _held_out(found: dict, figure: str) -> str:
     ]  # fmt: skip
     return (
         f"<h2>{power(found['flops'])} FLOPs, foreseen from the budgets below</h2>"
-        + html.figure(figure, "The top budget's runs, which none of the dashed was fitted to.")
+        + html.figure(figure, "The top budget's runs, which what is foreseen was not fitted to.")
         + _table(("", "foreseen", "observed", "off by"), rows)
     )
 
@@ -43,8 +43,8 @@ def _ladder(rows: list[dict], figure: str) -> str:
         for row in rows
     ]  # fmt: skip
     caption = (
-        "Approach 2 on the four lower budgets. Left, one of Kaplan’s settings at a time; right, all"
-        " of them, then one after the other undone, beside Porian et al. 2024 (RefinedWeb)."
+        "Approach 2 on the four lower budgets. Above, one of Kaplan’s settings at a time; below,"
+        " all of them, then one after the other undone, beside Porian et al. 2024 (RefinedWeb)."
     )
     head = ("", "settings", "N, C", "a", "95 %", "a by Akima", "Porian et al.")
     return (
@@ -64,7 +64,7 @@ def _elsewhere(rows: list[dict], figure: str) -> str:
     return (
         "<h2>Another corpus, another tokenizer</h2>"
         + html.figure(figure, caption)
-        + _table(("four lower budgets", "runs", "a", "80 %", "95 %"), cells)
+        + _table(("", "runs", "a", "80 %", "95 %"), cells)
     )
 
 

@@ -38,9 +38,9 @@ KEPT = (  # of the kinds beside the main one; the main one's table is kept whole
     " warmup_tokens epochs wall_seconds step_seconds"
 ).split()
 ELSEWHERE = {
-    "English, bytes": "same",  # the main study at the others' budgets
-    "Python source, bytes": "python_source",
-    "English, BPE of 512": "bpe512",
+    "English bytes, four budgets": "same",  # the main study at the others' budgets
+    "Python source, four budgets": "python_source",
+    "English BPE of 512, four budgets": "bpe512",
 }
 
 FLAGS = flags.FlagValues()
@@ -100,11 +100,11 @@ def read_kinds(workdir: Path) -> dict[str, RunTable]:
 def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> dict:
     """All that the figures and the page show beyond ``main``'s own law.json."""
     draws = FLAGS.bootstrap
-    tables = tables | {"same": analysis.at_budgets(tables["main"], study.BUDGETS)}
+    shown = tables | {"same": analysis.at_budgets(tables["main"], study.BUDGETS)}
     elsewhere = [
-        {"name": name} | analysis.exponent(tables[kind], analysis.AS_COUNTED, draws)
+        {"name": name} | analysis.exponent(shown[kind], analysis.AS_COUNTED, draws)
         for name, kind in ELSEWHERE.items()
-        if kind in tables
+        if kind in shown
     ]
     once = fit.fit(analysis.without_repeats(tables["main"]), main.curves, bootstrap=draws)
     smaller = []
@@ -161,7 +161,9 @@ def write(tables: dict[str, RunTable], workdir: Path, results: Path, report: Pat
     drawn = {
         "exponents": figures.exponents(main, summary["elsewhere"]),
         "ladder": figures.ladder(summary["ladder"]),
-        "held_out": figures.held_out(main, summary["held_out"]),
+        "held_out": figures.held_out(
+            main, summary["held_out"], summary["forms"][-1]["constants_below_top"]
+        ),
     }
     if smaller := summary["over_training"]:
         base = study.SMALLER_BASE

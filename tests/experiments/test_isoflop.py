@@ -228,7 +228,7 @@ def test_figures_and_page_show_every_number(main):
     drawn = {
         "exponents": figures.exponents(main, elsewhere),
         "ladder": figures.ladder(rows),
-        "held_out": figures.held_out(main, foreseen),
+        "held_out": figures.held_out(main, foreseen, summary["forms"][-1]["constants_below_top"]),
         "over_training": figures.over_training(smaller, runs, 1e12),
     }
     text = "".join(page.sections(summary, drawn))
