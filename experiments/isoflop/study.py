@@ -39,7 +39,7 @@ ELSEWHERE = {
         "data.corpus": "text",
         "data.files": "runs/isoflop/python_source.jsonl",
     },
-    "bpe512": {"data.tokenizer": "bpe:512"},
+    "bpe512": {"data.tokenizer": "bpe:512", "model.vocab_size": 512},
 }
 # One optimal size and two smaller ones beyond its budget; run.py names the widths.
 SMALLER_BASE, SMALLER_BUDGETS = 1e12, (1e12, 1.4e12, 2e12, 2.8e12, 4e12)
