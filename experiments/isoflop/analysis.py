@@ -204,13 +204,15 @@ def over_training(
     rows = []
     for i, size in enumerate(sizes[1:], 1):
         tokens = float(tokens_for_loss(law.law, loss, size))
+        crossed = draws[np.isfinite(draws[:, i]), i]
+        seen = len(crossed) > 0.975 * len(draws)  # else an end of the interval is not known
         rows.append(
             {
                 "params": float(size),
                 "times_smaller": float(sizes[0] / size),
                 "base_flops": base,
                 "cost": float(observed[i]),
-                "interval95": percentile_interval(draws[np.isfinite(draws[:, i]), i], 0.95),
+                "interval95": percentile_interval(crossed, 0.95) if seen else None,
                 "draws_beyond_the_runs": float(np.mean(~np.isfinite(draws[:, i]))),
                 "cost_by_the_law": tokens * float(per_token[size]) / base,
             }
