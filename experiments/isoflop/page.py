@@ -70,7 +70,8 @@ def _elsewhere(rows: list[dict], figure: str) -> str:
 
 def _over_training(rows: list[dict], figure: str) -> str:
     cells = [
-        (count(row["params"]), f"{row['times_smaller']:.2f}", decimal(row["cost"], 2) if row["cost"] else "beyond the runs",
+        (count(row["params"]), f"{row['times_smaller']:.2f}",
+         decimal(row["cost"], 2) if row["cost"] else "beyond the runs",
          interval(row["interval95"], 2), decimal(row["cost_by_the_law"], 2))
         for row in rows
     ]  # fmt: skip
