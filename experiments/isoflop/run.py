@@ -64,7 +64,9 @@ def train(kind: str, workdir: Path) -> None:
     sweep = [f"--workdir={workdir / kind}", "--backend=processes", f"--workers={FLAGS.workers}"]
     environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     for arguments in (["lm.data", *config], ["lm.sweep", *config, *sweep]):
-        subprocess.run([sys.executable, "-m", *arguments], check=True, cwd=ROOT, env=environment)
+        told = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment)
+        if told.returncode:  # it has said why
+            sys.exit(told.returncode)
 
 
 def write_python_source(workdir: Path) -> Path:

@@ -168,6 +168,9 @@ def test_smaller_models_cost_what_the_law_says():
         low, high = row["interval95"]
         assert low < exact["cost"] < high and 0.01 < high / low - 1 < 0.3
 
+    beyond = analysis.over_training(noisy, Fit, 3.5e12, 20)[-1]  # the runs end at 4e12
+    assert np.isnan(beyond["cost"]) and beyond["interval95"] is None
+
 
 def test_seeds_scatter_as_they_were_made_to():
     runs = table(noise=0.01)
