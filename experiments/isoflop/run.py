@@ -91,12 +91,18 @@ def smaller_widths(main: RunTable) -> list[int]:
 def read_kinds(workdir: Path) -> dict[str, RunTable]:
     """The runs of the kinds whose sweeps have ended; the main one's must have."""
     ended = [kind for kind in study.KINDS if (workdir / kind / "calls.jsonl").exists()]
-    if "main" not in ended:
+    if not {"main", "wider"} <= set(ended):
         raise BadInput(f"{workdir}: the main sweep is not there whole; run without --norun first")
     for kind in study.KINDS:
         if kind not in ended:
             print(f"{kind}: left out, its sweep has not ended")
-    return {kind: read_runs(workdir / kind) for kind in ended}
+    ended.remove("wider")
+    return {kind: read_runs(folders(workdir, kind)) for kind in ended}
+
+
+def folders(workdir: Path, kind: str) -> list[Path]:
+    """Where the runs of a kind are: the main study's ``wider`` one is of a sweep of its own."""
+    return [workdir / each for each in (("main", "wider") if kind == "main" else (kind,))]
 
 
 def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> dict:
@@ -141,8 +147,7 @@ def cost(workdir: Path, kinds: Iterable[str]) -> dict[str, dict]:
     """
     found = {}
     for kind in kinds:
-        with (workdir / kind / "runs.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = rows_of(folders(workdir, kind), "runs.csv")
         seconds = [float(row["step_seconds"]) for row in rows]
         walls = [float(row["wall_seconds"]) for row in rows]
         found[kind] = {
@@ -157,7 +162,7 @@ def cost(workdir: Path, kinds: Iterable[str]) -> dict[str, dict]:
 
 def write(tables: dict[str, RunTable], workdir: Path, results: Path, report: Path) -> None:
     """Tables, law.json, summary.json and the figures into ``results``; last the page."""
-    runs, curves = fit.read([workdir / "main"])
+    runs, curves = fit.read(folders(workdir, "main"))
     main = fit.fit(runs, curves, bootstrap=FLAGS.bootstrap)
     summary = summarise(tables, main, workdir)
     drawn = {
@@ -171,7 +176,7 @@ def write(tables: dict[str, RunTable], workdir: Path, results: Path, report: Pat
         base = study.SMALLER_BASE
         drawn["over_training"] = figures.over_training(smaller, tables["smaller"], base)
     for name in ("runs.csv", "curves.csv"):
-        write_atomically(results / name, (workdir / "main" / name).read_text())
+        write_atomically(results / name, as_csv(rows_of(folders(workdir, "main"), name)))
     if others := [kind for kind in tables if kind != "main"]:
         write_atomically(results / "other_runs.csv", other_runs(workdir, others))
     write_atomically(results / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -185,10 +190,18 @@ def other_runs(workdir: Path, kinds: Iterable[str]) -> str:
     """The runs of these kinds in one table."""
     rows = []
     for kind in kinds:
-        with (workdir / kind / "runs.csv").open(newline="") as file:
-            found = [row | {"kind": kind} for row in csv.DictReader(file)]
+        found = [row | {"kind": kind} for row in rows_of(folders(workdir, kind), "runs.csv")]
         rows += [{name: row[name] for name in KEPT} for row in found]
     return as_csv(rows)
+
+
+def rows_of(folders: Iterable[Path], name: str) -> list[dict[str, str]]:
+    """The rows of a table that each of these folders has."""
+    found = []
+    for folder in folders:
+        with (folder / name).open(newline="") as file:
+            found += csv.DictReader(file)
+    return found
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from lm import arithmetic, fit
 from lm.config import check_vocabulary
 from lm.config_file import load
 from lm.report.study import plain
-from lm.scaling import ParametricLaw, RunTable, fit_isoflop, fit_parametric, overtrain
+from lm.scaling import ParametricLaw, RunTable, fit_isoflop, fit_parametric, overtrain, read_runs
 from lm.scaling.parametric import HOFFMANN_STARTS
 from lm.sweep import grid
 
@@ -61,6 +61,26 @@ def test_kinds_change_what_they_name_and_nothing_else(kind):
     changed = {name.partition(".")[0] for name in study.changes(kind)}
     for section in ("model", "data", "optimizer", "train"):
         assert (getattr(config, section) == getattr(main, section)) == (section not in changed)
+
+
+def test_the_main_studys_one_more_run_is_one_that_it_could_have_had():
+    main, wider = (load(f"experiments/isoflop/study.py:{kind}") for kind in ("main", "wider"))
+    ((only,),) = (budget.runs for budget in grid.plan(wider, {}))
+    assert only.config.train.seed == main.train.seed and only.flops in main.sweep.budgets
+    assert only.config.model in [rung.model for rung in grid.ladder(main)]
+
+
+def test_kept_runs_span_what_the_protocol_says():
+    runs = read_runs(run.HERE / "results" / "full")
+    budgets = runs.columns["budget"]
+    assert np.unique(budgets).tolist() == list(load("configs/isoflop_cpu.py:full").sweep.budgets)
+    assert not runs.excluded
+    for budget in np.unique(budgets):
+        sizes, seeds = np.unique(runs.params[budgets == budget], return_counts=True)
+        assert len(sizes) >= 7 and sizes[-1] / sizes[0] >= 16
+        assert (seeds[sizes < 50_000] >= 3).all()
+        losses = [runs.loss[(budgets == budget) & (runs.params == n)].mean() for n in sizes]
+        assert seeds[np.argmin(losses)] >= 2
 
 
 def test_every_rung_undoes_one_of_kaplans():
@@ -263,9 +283,15 @@ def test_tables_of_all_kinds_become_results_and_a_page(tmp_path):
     workdir, results, report = tmp_path / "runs", tmp_path / "results", tmp_path / "report.html"
     for kind in study.KINDS:
         kept = [row for row in rows if row["d_model"] in often] if kind == "smaller" else rows
+        if kind == "main":  # its largest model's runs are the wider sweep's
+            kept = [row for row in rows if row["params"] < runs.params.max()]
+        if kind == "wider":
+            kept = [row for row in rows if row["params"] == runs.params.max()]
         (workdir / kind).mkdir(parents=True)
         (workdir / kind / "runs.csv").write_text(as_csv([blank | row for row in kept]))
-        (workdir / kind / "curves.csv").write_text(as_csv(curves))
+        ids = {row["run_id"] for row in kept}
+        of_kept = [point for point in curves if point["run_id"] in ids]
+        (workdir / kind / "curves.csv").write_text(as_csv(of_kept))
         (workdir / kind / "calls.jsonl").touch()
 
     run.FLAGS(["run", "--bootstrap=20"])
@@ -278,6 +304,8 @@ def test_tables_of_all_kinds_become_results_and_a_page(tmp_path):
     assert summary["held_out"]["flops"] == 3e13
     assert abs(summary["held_out"]["parametric"]["loss_error"]) < 0.005
     assert summary["cost"]["main"]["goodput"] == pytest.approx(0.95)
+    assert summary["cost"]["main"]["runs"] == len(rows) and "wider" not in summary["cost"]
+    assert len(read_runs(results)) == len(rows)
     assert summary["rms_log_residual"] == pytest.approx(0.002, rel=0.3)
     assert len((results / "other_runs.csv").read_text().splitlines()) > len(rows)
     text = report.read_text()
