@@ -24,7 +24,7 @@ from lm.train.schedule import Schedule, learning_rate
 
 
 class State(NamedTuple):
-    """All that training carries from step to step."""
+    """All that training carries from step to step; a random key follows from ``step``."""
 
     step: jax.Array  # int32, optimizer steps done
     params: Any
