@@ -93,11 +93,13 @@ def _forms(rows: list[dict]) -> str:
     return "<h2>The form of the law</h2>" + _table(head, cells)
 
 
+def _exponents(by_approach: dict[str, float]) -> str:
+    return ", ".join(f"{name} {a:.3f}" for name, a in by_approach.items())
+
+
 def _trust(summary: dict) -> str:
     scatter = ", ".join(f"{k}: {100 * v:.2f} %" for k, v in summary["seed_scatter"].items())
-    once = ", ".join(
-        f"{name} {found['a']:.3f}" for name, found in summary["without_repeats"].items()
-    )
+    once = _exponents({name: found["a"] for name, found in summary["without_repeats"].items()})
     budgets = ", ".join(
         f"{power(float(k))} {a:.3f}" for k, a in summary["without_each_budget"].items()
     )
@@ -107,6 +109,8 @@ def _trust(summary: dict) -> str:
         f"Approach 2’s a without one of the budgets: {budgets}.",
         f"Residuals of Approach 3: {100 * summary['rms_log_residual']:.2f} % rms.",
         f"{len(summary['repeated'])} runs saw their corpus more than once; without them a: {once}.",
+        "Without the run that was added to widen a budget (PROTOCOL.md, Amended) a: "
+        f"{_exponents(summary['without_wider'])}.",
         f"The main sweep: {main['runs']} runs, {power(main['flops'])} FLOPs, {main['hours']:.2f}"
         f" hours; steps had {100 * main['goodput']:.0f} % of the runs’ time.",
     )

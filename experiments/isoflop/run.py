@@ -115,6 +115,7 @@ def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> di
         if kind in shown
     ]
     once = fit.fit(analysis.without_repeats(tables["main"]), main.curves, bootstrap=draws)
+    planned = fit.fit(*fit.read([workdir / "main"]), bootstrap=0)
     smaller = []
     if "smaller" in tables:
         law, base = main.fits["parametric"], study.SMALLER_BASE
@@ -130,6 +131,7 @@ def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> di
             "without_repeats": {
                 name: {"a": f.a, "interval95": f.a_interval95} for name, f in once.fits.items()
             },
+            "without_wider": {name: f.a for name, f in planned.fits.items()},
             "without_each_budget": analysis.without_each_budget(tables["main"]),
             "held_out": analysis.held_out(main, draws),
             "ladder": analysis.ladder(tables, study.BUDGETS, draws),

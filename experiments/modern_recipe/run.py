@@ -199,7 +199,9 @@ def table(differences: list[Difference]) -> str:
         told += "" if d.pooled else ", by its own seeds"
         cells = [d.variant, f"{d.rate:g}", f"{d.loss:.4f}", told]
         cells.append(", ".join(f"{x:+.3f}" for x in d.each))
-        lines.append(f"| {' | '.join(cells if d.each != [0] * len(d.each) else cells[:3])} |")
+        if d.each == [0] * len(d.each):
+            cells[3:] = "", ""
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -244,7 +244,7 @@ def test_figures_and_page_show_every_number(main):
             held_out=foreseen, ladder=rows, elsewhere=elsewhere, over_training=smaller,
             seed_scatter=analysis.seed_scatter(runs), rms_log_residual=0.002, repeated=["x"],
             forms=analysis.forms(main), without_each_budget=analysis.without_each_budget(runs),
-            without_repeats={"isoflop": {"a": 0.5}},
+            without_repeats={"isoflop": {"a": 0.5}}, without_wider={"isoflop": 0.4321},
             cost={"main": {"runs": 80, "flops": 5e14, "hours": 1.5, "goodput": 0.93}},
         )
     )  # fmt: skip
@@ -257,7 +257,15 @@ def test_figures_and_page_show_every_number(main):
     }
     text = "".join(page.sections(summary, drawn))
     assert text.count("<svg") == 4
-    for shown in ("0.835", "not run", "1.20", "(1.10, 1.30)", "93 %", f"{rows[0]['a']:.3f}"):
+    for shown in (
+        "0.835",
+        "not run",
+        "1.20",
+        "(1.10, 1.30)",
+        "93 %",
+        "0.432",
+        f"{rows[0]['a']:.3f}",
+    ):
         assert shown in text
 
 
