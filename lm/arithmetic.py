@@ -169,6 +169,7 @@ def flops_per_token(
       stay as they are have no gradient of their own.
     - ``exact_causal``: ``exact`` with only the scores that the mask keeps: (T + 1) / 2 keys a
       query, or fewer under a sliding window
+    - ``exact_blocks``: ``exact`` without the head's product
     """
     one_of("the FLOPs convention", convention, FLOPS_CONVENTIONS)
     count = parameters(model, seq_len)
@@ -180,10 +181,11 @@ def flops_per_token(
     if convention == "exact_causal":
         keys = _keys_per_query(seq_len, model.sliding_window)
     scores_and_values = 2 * 2.0 * model.n_layers * keys * model.n_heads * model.head_width
-    forward = 2.0 * (count.matrices + count.adapters) + scores_and_values
+    matrices = count.matrices - count.head * (convention == "exact_blocks")
+    forward = 2.0 * (matrices + count.adapters) + scores_and_values
     if convention == "chinchilla":
         forward = forward + 2.0 * count.embedding + 3.0 * model.n_layers * model.n_heads * seq_len
-    return 3.0 * forward - 2.0 * count.matrices * (model.lora.rank > 0)
+    return 3.0 * forward - 2.0 * matrices * (model.lora.rank > 0)
 
 
 def _keys_per_query(seq_len: Number, window: Number) -> Number:

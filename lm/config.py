@@ -14,7 +14,7 @@ import ml_collections
 
 from lm.command import BadInput, json_object, nearest, one_of
 
-FLOPS_CONVENTIONS = ("6nd", "kaplan", "chinchilla", "exact", "exact_causal")
+FLOPS_CONVENTIONS = ("6nd", "kaplan", "chinchilla", "exact", "exact_causal", "exact_blocks")
 RULES_LEARNING_RATE = ("fixed", "width", "kaplan2020", "porian2024", "step_law")
 RULES_BATCH = ("fixed", "porian2024", "step_law")
 RULES_WARMUP = ("fixed", "params")

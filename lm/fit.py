@@ -332,11 +332,7 @@ def _without_highest(runs, curves, k):
     )
     kept = runs.where(np.sort(order[k:]))
     kept = dataclasses.replace(kept, excluded=(*runs.excluded, *dropped))
-    if curves is not None:
-        inside = np.isin(curves.run_id, kept.run_id)
-        fields = (field.name for field in dataclasses.fields(curves))
-        curves = CurveTable(*(getattr(curves, name)[inside] for name in fields))
-    return kept, curves
+    return kept, curves.of(kept) if curves else None
 
 
 def _check(runs: RunTable, refits) -> dict[str, dict]:

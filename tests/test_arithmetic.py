@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from lm import arithmetic
 from lm.command import BadInput
-from lm.config import RULES_BATCH, RULES_LEARNING_RATE, RULES_WARMUP, ModelConfig, MoeConfig
+from lm.config import (
+    FLOPS_CONVENTIONS,
+    RULES_BATCH,
+    RULES_LEARNING_RATE,
+    RULES_WARMUP,
+    ModelConfig,
+    MoeConfig,
+)
 
 PUBLISHED = Path(os.environ.get("LM_PUBLISHED_RUNS", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -172,7 +179,7 @@ def test_a_token_pays_for_the_experts_that_it_visits_and_no_others():
     assert count.total - count.active == 2 * (16 - 3) * (3 * d * 10)
     assert count.blocks_and_head - count.active_blocks_and_head == count.total - count.active
     visited = 3 * (3 * d * f) + 2 * (3 + 2) * (3 * d * 10) + 2 * 16 * d
-    for convention in ("6nd", "kaplan", "chinchilla", "exact", "exact_causal"):
+    for convention in FLOPS_CONVENTIONS:
         more = arithmetic.flops_per_token(model, t, convention)
         more -= arithmetic.flops_per_token(dense, t, convention)
         biases = 2 * 16 if convention in ("6nd", "kaplan") else 0
@@ -202,6 +209,10 @@ def test_counts_hang_together(model, seq_len):
     six = arithmetic.flops_per_token(model, seq_len, "6nd")
     kaplan = arithmetic.flops_per_token(model, seq_len, "kaplan")
     assert six - kaplan == 6 * count.head
+    exact, blocks = (
+        arithmetic.flops_per_token(model, seq_len, name) for name in ("exact", "exact_blocks")
+    )
+    assert exact - blocks == 6 * count.head
     by_convention = [
         arithmetic.flops_per_token(model, seq_len, name)
         for name in ("exact_causal", "exact", "chinchilla")
@@ -306,7 +317,9 @@ def test_bad_rules_and_conventions_are_refused_by_name():
         arithmetic.warmup_tokens("steps", 1.0, 1e6, 1e8, 0.1)
     with pytest.raises(BadInput, match="1.21e\\+10"):
         arithmetic.learning_rate("kaplan2020", 1.0, 1e11, 1e12, 32, 32)
-    with pytest.raises(BadInput, match="6nd, kaplan, chinchilla, exact, exact_causal"):
+    with pytest.raises(
+        BadInput, match="6nd, kaplan, chinchilla, exact, exact_causal, exact_blocks"
+    ):
         arithmetic.flops_per_token(ModelConfig(), 128, "6n")
 
 

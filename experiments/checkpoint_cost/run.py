@@ -105,7 +105,7 @@ def saving(folder: Path, n_steps: int) -> dict:
         data={"corpus": "text", "files": str(text(folder / "text")), "seq_len": 64},
         train={
             **{"batch_tokens": 16 * 64.0, "tokens": n_steps * 16 * 64.0, "tensorboard": False},
-            **{"checkpoint_every": 2 * INTERVAL, "steps_per_dispatch": 20, "log_every": 20},
+            **{"checkpoint_every": 2 * INTERVAL, "steps_per_dispatch": 5, "log_every": 20},
         },
     )
     config = replace(config, data={"data_dir": str(folder / "data"), "validation_tokens": 2_048})

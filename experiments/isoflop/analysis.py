@@ -21,8 +21,10 @@ AS_COUNTED = ("blocks_and_head", "exact")
 ONE_AT_A_TIME = (
     ("none: tuned, all counted", "main", AS_COUNTED),
     ("N: non-embedding", "main", ("non_embedding", "exact")),
-    ("C: the head's FLOPs not counted", "accounting", ("blocks_and_head", "kaplan")),
-    ("N and C: both", "accounting", ("non_embedding", "kaplan")),
+    ("C: the head's FLOPs not counted", "head", ("blocks_and_head", "exact_blocks")),
+    ("N and C: both", "head", ("non_embedding", "exact_blocks")),
+    ("C: nor attention's", "accounting", ("blocks_and_head", "kaplan")),
+    ("N and C: all three", "accounting", ("non_embedding", "kaplan")),
     ("warmup: fixed and long", "warmup", AS_COUNTED),
     ("cosine: far longer than the run", "cosine", AS_COUNTED),
     ("batch: fixed", "batch", AS_COUNTED),
@@ -31,7 +33,7 @@ ONE_AT_A_TIME = (
 # With Porian et al. 2024, Figure 1, RefinedWeb, beside each.
 TOGETHER = (
     ("all of Kaplan's", "kaplan", ("non_embedding", "kaplan"), 0.835),
-    ("+ count the head", "with_head", AS_COUNTED, 0.706),
+    ("+ count head and attention", "with_head", AS_COUNTED, 0.706),
     ("+ short warmup", "short_warmup", AS_COUNTED, 0.602),
     ("+ cosine as long as the run", "matched_cosine", AS_COUNTED, 0.571),
     ("+ tuned batch and rate: the main study", "main", AS_COUNTED, 0.497),
@@ -78,16 +80,21 @@ def ladder(tables: dict[str, RunTable], budgets: tuple[float, ...], bootstrap: i
     """From Chinchilla's settings one step towards Kaplan's at a time, then from Kaplan's down.
 
     ``tables`` by kind; of the main study the runs at ``budgets``, as the others have them. Rungs
-    of kinds that are missing say so.
+    of kinds that are missing say so. ``a_upper`` is a without the lowest budget.
     """
     tables = tables | {"main": at_budgets(tables["main"], budgets)}
     alone = [("one at a time", *rung, None) for rung in ONE_AT_A_TIME]
     together = [("together", *rung) for rung in TOGETHER]
-    return [
-        {"part": part, "rung": rung, "kind": kind, "porian2024": published}
-        | (exponent(tables[kind], counted, bootstrap) if kind in tables else none(counted))
-        for part, rung, kind, counted, published in alone + together
-    ]
+    rows = []
+    for part, rung, kind, counted, published in alone + together:
+        row = {"part": part, "rung": rung, "kind": kind, "porian2024": published, "a_upper": None}
+        if kind in tables:
+            row |= exponent(tables[kind], counted, bootstrap)
+            row["a_upper"] = exponent(at_budgets(tables[kind], budgets[1:]), counted, 0)["a"]
+        else:
+            row |= none(counted)
+        rows.append(row)
+    return rows
 
 
 def at_budgets(table: RunTable, budgets: tuple[float, ...]) -> RunTable:
@@ -107,6 +114,30 @@ def without_each_budget(table: RunTable) -> dict[str, float]:
         f"{budget:g}": fit_isoflop(table.where(budgets != budget), bootstrap=0).a
         for budget in np.unique(budgets)
     }
+
+
+def estimators(table: RunTable, bootstrap: int) -> list[dict]:
+    """a by other ways to find the minima, other windows, and other intervals of Approach 3."""
+
+    def isoflop(**settings):
+        return fit_isoflop(table, bootstrap=bootstrap, **settings)
+
+    def parametric(**settings):
+        starts = HOFFMANN_STARTS[::FEWER_STARTS]
+        return fit_parametric(table, starts=starts, bootstrap=bootstrap, **settings)
+
+    fits = {
+        "2 IsoFLOP: parabolas, all runs, residuals resampled": isoflop(),
+        "2, N within a factor 6 of each budget's best run": isoflop(window=6.0),
+        "2, within a factor 3": isoflop(window=3.0),
+        "2, Akima's minima": isoflop(estimator="akima"),
+        "3 Parametric: residuals resampled": parametric(),
+        "3, runs resampled": parametric(interval="pairs"),
+    }
+    return [
+        {"fit": name, "a": f.a, "interval80": f.a_interval80, "interval95": f.a_interval95}
+        for name, f in fits.items()
+    ]
 
 
 def repeated(table: RunTable) -> list[str]:

@@ -13,6 +13,7 @@ def sections(summary: dict, figures: dict[str, str]) -> list[str]:
         _ladder(summary["ladder"], figures["ladder"]),
         _elsewhere(summary["elsewhere"], figures["exponents"]),
         _over_training(smaller, figures["over_training"]) if smaller else "",
+        _estimators(summary["estimators"]),
         _forms(summary["forms"]),
         _trust(summary),
     ]
@@ -39,14 +40,23 @@ def _ladder(rows: list[dict], figure: str) -> str:
     cells = [
         (row["part"], row["rung"], f"{row['params']}, {row['flops']}".replace("_", " "),
          decimal(row["a"]) if row["a"] else row["reason"], interval(row.get("interval95")),
-         decimal(row["akima"]), decimal(row["porian2024"]))
+         decimal(row["akima"]), decimal(row["a_upper"]), decimal(row["porian2024"]))
         for row in rows
     ]  # fmt: skip
     caption = (
         "Approach 2 on the four lower budgets. Above, one of Kaplan’s settings at a time; below,"
         " all of them, then one after the other undone, beside Porian et al. 2024 (RefinedWeb)."
     )
-    head = ("", "settings", "N, C", "a", "95 %", "a by Akima", "Porian et al.")
+    head = (
+        "",
+        "settings",
+        "N, C",
+        "a",
+        "95 %",
+        "a by Akima",
+        "a of the three upper",
+        "Porian et al.",
+    )
     return (
         "<h2>Why Kaplan’s exponent is another</h2>"
         + html.figure(figure, caption)
@@ -80,6 +90,14 @@ def _over_training(rows: list[dict], figure: str) -> str:
     return (
         "<h2>Smaller models at equal loss</h2>" + html.figure(figure, caption) + _table(head, cells)
     )
+
+
+def _estimators(rows: list[dict]) -> str:
+    cells = [
+        (row["fit"], decimal(row["a"]), interval(row["interval80"]), interval(row["interval95"]))
+        for row in rows
+    ]
+    return "<h2>The same runs, fitted in other ways</h2>" + _table(("", "a", "80 %", "95 %"), cells)
 
 
 def _forms(rows: list[dict]) -> str:

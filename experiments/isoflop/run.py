@@ -114,7 +114,8 @@ def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> di
         for name, kind in ELSEWHERE.items()
         if kind in shown
     ]
-    once = fit.fit(analysis.without_repeats(tables["main"]), main.curves, bootstrap=draws)
+    once_runs = analysis.without_repeats(tables["main"])
+    once = fit.fit(once_runs, main.curves.of(once_runs), bootstrap=draws)
     planned = fit.fit(*fit.read([workdir / "main"]), bootstrap=0)
     smaller = []
     if "smaller" in tables:
@@ -126,6 +127,7 @@ def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> di
             "python": platform.python_version(),
             "seed_scatter": analysis.seed_scatter(tables["main"]),
             "rms_log_residual": main.fits["parametric"].goodness["rms_log_residual"],
+            "estimators": analysis.estimators(tables["main"], draws),
             "forms": analysis.forms(main),
             "repeated": analysis.repeated(tables["main"]),
             "without_repeats": {

@@ -11,7 +11,7 @@ from lm.command import one_of
 
 # How Kaplan et al. 2020 trained and counted, each in the measure of these budgets.
 KAPLAN = {
-    # Budgets of 6 x non-embedding parameters x tokens: the head's FLOPs are not counted.
+    # Budgets of 6 x non-embedding parameters x tokens: neither head nor attention scores.
     "accounting": {"train.flops_convention": "kaplan"},
     # Their 3,000 steps of 2^19 tokens were 4 times D_opt at Porian et al.'s lowest budget.
     "warmup": {
@@ -26,6 +26,8 @@ KAPLAN = {
     # Their rule of thumb, which knows N alone, for every parameter.
     "rate": {"optimizer.learning_rate_rule": "kaplan2020", "optimizer.learning_rate": 1.0},
 }
+# The head's FLOPs alone not counted.
+HEAD = {"head": {"train.flops_convention": "exact_blocks"}}
 # Porian et al.'s ladder, from Kaplan's side down: each rung undoes one more.
 LADDER = {
     "kaplan": ("accounting", "warmup", "cosine", "batch", "rate"),
@@ -46,7 +48,7 @@ SMALLER_BASE, SMALLER_BUDGETS = 1e12, (1e12, 1.4e12, 2e12, 2.8e12, 4e12)
 BUDGETS = (1e11, 3e11, 1e12, 3e12)
 # At this budget the shapes nearest to what was wanted spanned a factor 14, not 16: the next one up.
 WIDER_BUDGET, WIDER_WIDTH = 1e13, 112
-KINDS = ("main", "wider", *KAPLAN, *LADDER, *ELSEWHERE, "smaller")
+KINDS = ("main", "wider", *HEAD, *KAPLAN, *LADDER, *ELSEWHERE, "smaller")
 
 
 def changes(kind: str) -> dict[str, object]:
@@ -54,7 +56,7 @@ def changes(kind: str) -> dict[str, object]:
     one_of("experiments/isoflop/study.py: the kind", kind, KINDS)
     if kind in LADDER:
         return {name: value for each in LADDER[kind] for name, value in KAPLAN[each].items()}
-    return {**KAPLAN, **ELSEWHERE}.get(kind, {})
+    return {**HEAD, **KAPLAN, **ELSEWHERE}.get(kind, {})
 
 
 def get_config(kind="main"):

@@ -348,12 +348,13 @@ def _accounting(study: Study) -> str:
     for found in study.exponents:
         cells = [cell(found["params"].replace("_", " ")), cell(found["flops"], "text")]
         if found["reason"]:
-            cells.append(f'<td class="text" colspan="2">{escape(found["reason"])}</td>')
+            cells.append(f'<td class="text" colspan="3">{escape(found["reason"])}</td>')
         else:
             cells.append(cell(decimal(found["a"])))
             cells.append(cell(interval(found["a_interval80"]), "light"))
+            cells.append(cell(interval(found["a_interval95"]), "light"))
         rows.append(html.row(cells))
-    head = ("N counts", '<th class="text">C counts</th>', "a", "80 %")
+    head = ("N counts", '<th class="text">C counts</th>', "a", "80 %", "95 %")
     return (
         f"{heading}<p>The same runs and losses, by {APPROACHES[study.exponents_by]}; only what is"
         " counted as N and C differs.</p>" + html.table(head, rows)

@@ -14,7 +14,7 @@ from lm.scaling.allocation import AllocationFit, CannotFit
 from lm.scaling.table import RunTable
 
 PARAMS_CONVENTIONS = ("total", "non_embedding", "blocks_and_head", "effective")
-FLOPS_CONVENTIONS = ("6nd", "exact", "kaplan", "chinchilla")
+FLOPS_CONVENTIONS = ("6nd", "exact", "exact_blocks", "kaplan", "chinchilla")
 CONVENTIONS = (
     ("total", "6nd"),
     ("non_embedding", "kaplan"),
@@ -36,8 +36,8 @@ def recount(runs: RunTable, *, params: str = "blocks_and_head", flops: str = "6n
 
     params: `total`; `non_embedding` (Kaplan et al.'s); `blocks_and_head` (Porian et al.'s standard
     count); `effective` (blocks and head, attention scores folded in: exact FLOPs a token over 6).
-    flops: `6nd` is 6 x those params x tokens; `exact`, `kaplan` (6 x non-embedding x tokens) and
-    `chinchilla` (Hoffmann et al., appendix F) are lm.arithmetic's.
+    flops: `6nd` is 6 x those params x tokens; `exact`, `exact_blocks` (without the head), `kaplan`
+    (6 x non-embedding x tokens) and `chinchilla` (Hoffmann et al., appendix F) are lm.arithmetic's.
     Needs the columns d_model, n_layers, n_heads, vocab_size, seq_len, and takes n_kv_heads, d_ff,
     tied, feed_forward, ... where they stand. Raises BadInput naming the missing ones.
     """
@@ -74,20 +74,22 @@ def exponents_by_accounting(
     fit: Callable[[RunTable], AllocationFit],
     conventions: Sequence[tuple[str, str]] = CONVENTIONS,
 ) -> list[dict]:
-    """One row a convention: {"params", "flops", "a", "a_interval80", "reason"}.
+    """One row a convention: {"params", "flops", "a", "a_interval80", "a_interval95", "reason"}.
 
     fit: from a table to a fit, as `functools.partial(fit_parametric, bootstrap=1000)`. Where it
     refuses a recounted table, `a` is None and `reason` says why. Raises BadInput as recount does.
     """
     rows = []
     for params, flops in conventions:
-        row = {"params": params, "flops": flops, "a": None, "a_interval80": None, "reason": ""}
+        row = {"params": params, "flops": flops, "a": None}
+        row |= {"a_interval80": None, "a_interval95": None, "reason": ""}
         try:
             fitted = fit(recount(runs, params=params, flops=flops))
         except CannotFit as error:
             row["reason"] = str(error)
         else:
-            row |= {"a": fitted.a, "a_interval80": fitted.a_interval80}
+            row |= {"a": fitted.a}
+            row |= {"a_interval80": fitted.a_interval80, "a_interval95": fitted.a_interval95}
         rows.append(row)
     return rows
 

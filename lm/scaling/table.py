@@ -74,6 +74,11 @@ class CurveTable:
     train_loss: np.ndarray
     validation_loss: np.ndarray
 
+    def of(self, runs: RunTable) -> "CurveTable":
+        """The curves of these runs."""
+        inside = np.isin(self.run_id, runs.run_id)
+        return CurveTable(*(values[inside] for values in vars(self).values()))
+
 
 def read_runs(
     paths: str | Path | Sequence[str | Path],

@@ -88,7 +88,7 @@ def test_every_rung_undoes_one_of_kaplans():
     for above, below in zip(rungs, [*rungs[1:], set()], strict=True):
         assert below < above
     assert rungs[0] == set(study.KAPLAN)
-    assert {kind for _, kind, _ in analysis.ONE_AT_A_TIME} == {"main", *study.KAPLAN}
+    assert {kind for _, kind, _ in analysis.ONE_AT_A_TIME} == {"main", *study.HEAD, *study.KAPLAN}
     assert [kind for _, kind, _, _ in analysis.TOGETHER] == [*study.LADDER, "main"]
 
 
@@ -132,6 +132,9 @@ def test_the_ladder_finds_a_known_exponent_and_says_where_there_is_none():
     assert by["batch: fixed"]["a"] is None and by["batch: fixed"]["reason"]
     assert by["rate: Kaplan's rule"]["reason"] == "not run" != by["batch: fixed"]["reason"]
     assert all(flops < 3.1e12 for flops, *_ in tuned["optima"])
+    upper = runs.where(np.isin(runs.columns["budget"], study.BUDGETS[1:]))
+    without = fit_isoflop(upper, window=analysis.WINDOW, bootstrap=0).a
+    assert tuned["a_upper"] == pytest.approx(without, abs=1e-9) != tuned["a"]
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +246,7 @@ def test_figures_and_page_show_every_number(main):
         dict(
             held_out=foreseen, ladder=rows, elsewhere=elsewhere, over_training=smaller,
             seed_scatter=analysis.seed_scatter(runs), rms_log_residual=0.002, repeated=["x"],
-            forms=analysis.forms(main), without_each_budget=analysis.without_each_budget(runs),
+            forms=analysis.forms(main), estimators=analysis.estimators(runs, 20), without_each_budget=analysis.without_each_budget(runs),
             without_repeats={"isoflop": {"a": 0.5}}, without_wider={"isoflop": 0.4321},
             cost={"main": {"runs": 80, "flops": 5e14, "hours": 1.5, "goodput": 0.93}},
         )

@@ -38,6 +38,7 @@ def test_params_by_hand(params, want):
 
 @pytest.mark.parametrize("flops, want", [
     ("exact", 6 * (BLOCKS + HEAD - NORMS) + SCORES), ("kaplan", 6 * BLOCKS),
+    ("exact_blocks", 6 * (BLOCKS - NORMS) + SCORES),
     ("chinchilla", 6 * (BLOCKS + 2 * HEAD - NORMS) + SCORES + 9 * LAYERS * 4 * LENGTH),
 ])  # fmt: skip
 def test_flops_by_hand(flops, want):
@@ -111,7 +112,8 @@ def test_the_exponent_is_a_convention(small_decoders, fit):
     # effective params under 6ND and blocks and head under exact FLOPs are the same C
     assert a["effective", "6nd"] == pytest.approx(a["blocks_and_head", "exact"], abs=0.06)
     low, high = rows["total", "6nd"]["a_interval80"]
-    assert low <= a["total", "6nd"] <= high
+    lowest, highest = rows["total", "6nd"]["a_interval95"]
+    assert lowest < low <= a["total", "6nd"] <= high < highest
 
 
 def test_a_refused_convention_says_why(small_decoders):
