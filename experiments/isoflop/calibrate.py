@@ -3,11 +3,14 @@
     python -m experiments.isoflop.calibrate --part=noise --workdir=runs/calibration
     python -m experiments.isoflop.calibrate --part=rates --workdir=runs/calibration
     python -m experiments.isoflop.calibrate --part=depths --workdir=runs/calibration
+    python -m experiments.isoflop.calibrate --part=corners --workdir=runs/calibration
 
 ``noise``: six recipes of one size, eight seeds each: how far the loss depends on the seed.
 ``rates``: two shapes, two tokens-per-parameter ratios, five rates and three batches. ``depths``:
-four depths of one size at two budgets, two seeds each. Five, fifteen and ten minutes of one core;
-the same command again goes on. Writes ``results/calibration_<part>.csv`` and prints it.
+four depths of one size at two budgets, two seeds each. ``corners``, after the study: the rates and
+batches of ``rates`` where its sizes are largest and smallest for their FLOPs. Five, fifteen, ten and
+fifteen minutes of one core; the same command again goes on. Writes
+``results/calibration_<part>.csv`` and prints it.
 """
 
 import dataclasses
@@ -26,7 +29,7 @@ from lm.config_file import load
 from lm.sweep.grid import ladder
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("part", None, "noise, rates or depths.", flag_values=FLAGS)
+flags.DEFINE_string("part", None, "noise, rates, depths or corners.", flag_values=FLAGS)
 flags.DEFINE_string("workdir", None, "Where the runs go.", flag_values=FLAGS)
 flags.DEFINE_string("data_dir", "data", "Where lm.data put the corpus.", flag_values=FLAGS)
 CONFIG = Path(__file__).parents[2] / "configs" / "isoflop_cpu.py"
@@ -85,7 +88,12 @@ def _depths(study: Config) -> list[Trial]:
     ]
 
 
-PARTS = {"noise": _noise, "rates": _rates, "depths": _depths}
+def _corners(study: Config) -> list[Trial]:
+    shapes = ((3e11, 64, 3), (1e12, 72, 4), (3e11, 8, 2), (1e12, 16, 2))
+    return [Trial(*shape, *recipe) for shape, recipe in itertools.product(shapes, RATES + BATCHES)]
+
+
+PARTS = {"noise": _noise, "rates": _rates, "depths": _depths, "corners": _corners}
 
 
 def trials(study: Config, part: str) -> list[Trial]:

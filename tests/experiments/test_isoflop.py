@@ -246,7 +246,8 @@ def test_figures_and_page_show_every_number(main):
         dict(
             held_out=foreseen, ladder=rows, elsewhere=elsewhere, over_training=smaller,
             seed_scatter=analysis.seed_scatter(runs), rms_log_residual=0.002, repeated=["x"],
-            forms=analysis.forms(main), estimators=analysis.estimators(runs, 20), without_each_budget=analysis.without_each_budget(runs),
+            forms=analysis.forms(main), estimators=analysis.estimators(runs, 20),
+            without_each_budget=analysis.without_each_budget(runs),
             without_repeats={"isoflop": {"a": 0.5}}, without_wider={"isoflop": 0.4321},
             cost={"main": {"runs": 80, "flops": 5e14, "hours": 1.5, "goodput": 0.93}},
         )
@@ -314,6 +315,7 @@ def test_tables_of_all_kinds_become_results_and_a_page(tmp_path):
     )
     assert summary["held_out"]["flops"] == 3e13
     assert abs(summary["held_out"]["parametric"]["loss_error"]) < 0.005
+    assert summary["without_repeats"]["envelope"]["a"] != law["approaches"]["envelope"]["a"]
     assert summary["cost"]["main"]["goodput"] == pytest.approx(0.95)
     assert summary["cost"]["main"]["runs"] == len(rows) and "wider" not in summary["cost"]
     assert len(read_runs(results)) == len(rows)
