@@ -8,8 +8,8 @@
 ``noise``: six recipes of one size, eight seeds each: how far the loss depends on the seed.
 ``rates``: two shapes, two tokens-per-parameter ratios, five rates and three batches. ``depths``:
 four depths of one size at two budgets, two seeds each. ``corners``, after the study: the rates and
-batches of ``rates`` where its sizes are largest and smallest for their FLOPs. Five, fifteen, ten and
-fifteen minutes of one core; the same command again goes on. Writes
+batches of ``rates`` where its sizes are largest and smallest for their FLOPs. Five, fifteen, ten
+and fifteen minutes of one core; the same command again goes on. Writes
 ``results/calibration_<part>.csv`` and prints it.
 """
 

@@ -53,6 +53,7 @@ VARIANTS = {
     "GQA, 2 KV heads": {"n_kv_heads": 2},
     "MQA": {"n_kv_heads": 1},
     "1 layer of 88": {"n_layers": 1, "d_model": 88, "n_heads": 11, "n_kv_heads": 11},
+    "3 layers of 56": {"n_layers": 3, "d_model": 56, "n_heads": 7, "n_kv_heads": 7},
     "4 layers of 48": {"n_layers": 4, "d_model": 48, "n_heads": 6, "n_kv_heads": 6},
     "6 layers of 40": {"n_layers": 6, "d_model": 40, "n_heads": 5, "n_kv_heads": 5},
     "untied head": {"tied": False},
