@@ -43,7 +43,7 @@ def get_config(study="quick"):
     config.data.seq_len = 128
     config.data.validation_tokens = 204_800
 
-    # Of the recipes tried, the one whose loss depends least on the seed, and the lowest.
+    # Of the recipes tried: a thousandth above the lowest loss, half its scatter between seeds.
     config.model.tied = True
     config.model.rope_base = 100.0
     config.optimizer.weight_decay = 0.1

@@ -80,19 +80,22 @@ def ladder(tables: dict[str, RunTable], budgets: tuple[float, ...], bootstrap: i
     """From Chinchilla's settings one step towards Kaplan's at a time, then from Kaplan's down.
 
     ``tables`` by kind; of the main study the runs at ``budgets``, as the others have them. Rungs
-    of kinds that are missing say so. ``a_upper`` is a without the lowest budget.
+    of kinds that are missing say so. ``a_upper`` is a without the lowest budget, ``a_once`` without
+    the runs that saw some of their corpus again.
     """
     tables = tables | {"main": at_budgets(tables["main"], budgets)}
     alone = [("one at a time", *rung, None) for rung in ONE_AT_A_TIME]
     together = [("together", *rung) for rung in TOGETHER]
     rows = []
     for part, rung, kind, counted, published in alone + together:
-        row = {"part": part, "rung": rung, "kind": kind, "porian2024": published, "a_upper": None}
+        row = {"part": part, "rung": rung, "kind": kind, "porian2024": published}
         if kind in tables:
-            row |= exponent(tables[kind], counted, bootstrap)
-            row["a_upper"] = exponent(at_budgets(tables[kind], budgets[1:]), counted, 0)["a"]
+            table = tables[kind]
+            row |= exponent(table, counted, bootstrap)
+            row["a_upper"] = exponent(at_budgets(table, budgets[1:]), counted, 0)["a"]
+            row["a_once"] = exponent(without_repeats(table), counted, 0)["a"]
         else:
-            row |= none(counted)
+            row |= none(counted) | {"a_upper": None, "a_once": None}
         rows.append(row)
     return rows
 
@@ -175,10 +178,15 @@ def held_out(study: Study, bootstrap: int) -> dict:
     losses = E + A / drawn_params**alpha + B / drawn_tokens**beta
     return {
         "flops": top,
-        "observed": {"params": observed.minimum.params, "loss": observed.minimum.loss},
+        "observed": {
+            "params": observed.minimum.params,
+            "akima_params": observed.akima,
+            "loss": observed.minimum.loss,
+        },
         "isoflop": {
             "params": float(line.optimal_params(top)),
             "interval80": line.params_interval(top),
+            "interval95": line.params_interval(top, 0.95),
             "ratio": float(line.optimal_params(top)) / observed.minimum.params,
             "a": line.a,
         },
@@ -187,6 +195,7 @@ def held_out(study: Study, bootstrap: int) -> dict:
             "ratio": params / observed.minimum.params,
             "loss": float(law.law.loss(params, tokens)),
             "loss_interval80": percentile_interval(losses, 0.8),
+            "loss_interval95": percentile_interval(losses, 0.95),
             "loss_error": float(law.law.loss(params, tokens)) / observed.minimum.loss - 1,
             "a": law.a,
             "constants": [law.law.E, law.law.A, law.law.B, law.law.alpha, law.law.beta],

@@ -22,45 +22,42 @@ def sections(summary: dict, figures: dict[str, str]) -> list[str]:
 def _held_out(found: dict, figure: str) -> str:
     line, law, seen = found["isoflop"], found["parametric"], found["observed"]
     rows = [
-        ("N<sub>opt</sub>, Approach 2", count(line["params"]), count(seen["params"]),
-         f"factor {line['ratio']:.2f}"),
-        ("N<sub>opt</sub>, Approach 3", count(law["params"]), count(seen["params"]),
-         f"factor {law['ratio']:.2f}"),
-        ("lowest loss, Approach 3", decimal(law["loss"]), decimal(seen["loss"]),
-         f"{100 * law['loss_error']:+.2f} %"),
+        ("N<sub>opt</sub>, Approach 2", count(line["params"]),
+         f"({count(line['interval95'][0])}, {count(line['interval95'][1])})",
+         count(seen["params"]), _off(line["params"], seen)),
+        ("N<sub>opt</sub>, Approach 3", count(law["params"]), "",
+         count(seen["params"]), _off(law["params"], seen)),
+        ("lowest loss, Approach 3", decimal(law["loss"]), interval(law["loss_interval95"]),
+         decimal(seen["loss"]), f"{100 * law['loss_error']:+.2f} %"),
     ]  # fmt: skip
     return (
         f"<h2>{power(found['flops'])} FLOPs, foreseen from the budgets below</h2>"
         + html.figure(figure, "The top budget's runs, which what is foreseen was not fitted to.")
-        + _table(("", "foreseen", "observed", "off by"), rows)
+        + _table(("", "foreseen", "95 %", "observed", "off by"), rows)
     )
+
+
+def _off(params: float, seen: dict) -> str:
+    by_parabola, by_akima = params / seen["params"], params / seen["akima_params"]
+    return f"factor {by_parabola:.2f} (by Akima’s minimum {by_akima:.2f})"
 
 
 def _ladder(rows: list[dict], figure: str) -> str:
     cells = [
         (row["part"], row["rung"], f"{row['params']}, {row['flops']}".replace("_", " "),
          decimal(row["a"]) if row["a"] else row["reason"], interval(row.get("interval95")),
-         decimal(row["akima"]), decimal(row["a_upper"]), decimal(row["porian2024"]))
+         *(decimal(row[name]) for name in ("akima", "a_upper", "a_once", "porian2024")))
         for row in rows
     ]  # fmt: skip
     caption = (
         "Approach 2 on the four lower budgets. Above, one of Kaplan’s settings at a time; below,"
         " all of them, then one after the other undone, beside Porian et al. 2024 (RefinedWeb)."
     )
-    head = (
-        "",
-        "settings",
-        "N, C",
-        "a",
-        "95 %",
-        "a by Akima",
-        "a of the three upper",
-        "Porian et al.",
-    )
+    head = ("", "settings", "N, C", "a", "95 %", "by Akima", "three upper budgets", "no repeats")
     return (
         "<h2>Why Kaplan’s exponent is another</h2>"
         + html.figure(figure, caption)
-        + _table(head, cells)
+        + _table((*head, "Porian et al."), cells)
     )
 
 

@@ -5,7 +5,8 @@
 
 Trains what is missing by ``lm.sweep``, so that the same command goes on after an interruption, and
 writes ``results/full/`` and ``report.html``. ``--kinds`` trains these only and writes nothing;
-``--norun`` only analyses, and leaves out kinds that are not there whole. Three hours of two cores.
+``--norun`` only analyses, and leaves out kinds that are not there whole. Three and a half hours of
+two cores.
 """
 
 import csv
