@@ -91,19 +91,24 @@ def smaller_widths(main: RunTable) -> list[int]:
 
 def read_kinds(workdir: Path) -> dict[str, RunTable]:
     """The runs of the kinds whose sweeps have ended; the main one's must have."""
-    ended = [kind for kind in study.KINDS if (workdir / kind / "calls.jsonl").exists()]
-    if not {"main", "wider"} <= set(ended):
+    kinds = [kind for kind in study.KINDS if kind not in study.ADDED]
+    ended = [
+        kind
+        for kind in kinds
+        if all((folder / "calls.jsonl").exists() for folder in folders(workdir, kind))
+    ]
+    if "main" not in ended:
         raise BadInput(f"{workdir}: the main sweep is not there whole; run without --norun first")
-    for kind in study.KINDS:
+    for kind in kinds:
         if kind not in ended:
             print(f"{kind}: left out, its sweep has not ended")
-    ended.remove("wider")
     return {kind: read_runs(folders(workdir, kind)) for kind in ended}
 
 
 def folders(workdir: Path, kind: str) -> list[Path]:
-    """Where the runs of a kind are: the main study's ``wider`` one is of a sweep of its own."""
-    return [workdir / each for each in (("main", "wider") if kind == "main" else (kind,))]
+    """Where the runs of a kind are: its own sweep's, and of what was added to it."""
+    added = [name for name, (to, *_) in study.ADDED.items() if to == kind]
+    return [workdir / each for each in (kind, *added)]
 
 
 def summarise(tables: dict[str, RunTable], main: fit.Study, workdir: Path) -> dict:

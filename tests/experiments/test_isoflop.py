@@ -63,11 +63,16 @@ def test_kinds_change_what_they_name_and_nothing_else(kind):
         assert (getattr(config, section) == getattr(main, section)) == (section not in changed)
 
 
-def test_the_main_studys_one_more_run_is_one_that_it_could_have_had():
-    main, wider = (load(f"experiments/isoflop/study.py:{kind}") for kind in ("main", "wider"))
-    ((only,),) = (budget.runs for budget in grid.plan(wider, {}))
-    assert only.config.train.seed == main.train.seed and only.flops in main.sweep.budgets
-    assert only.config.model in [rung.model for rung in grid.ladder(main)]
+@pytest.mark.parametrize("kind", study.ADDED)
+def test_what_is_added_to_a_kind_is_as_its_own_runs(kind):
+    main, added = (load(f"experiments/isoflop/study.py:{each}") for each in ("main", kind))
+    runs = [each for budget in grid.plan(added, {}) for each in budget.runs]
+    shapes = [rung.model for rung in grid.ladder(main)]
+    for each in runs:
+        assert each.config.model in shapes and each.config.train.flops == each.flops
+    assert (
+        len(runs) == {"wider": 1, "longer": 3}[kind]
+    )  # longer: two budgets, of which one is known
 
 
 def test_kept_runs_span_what_the_protocol_says():
