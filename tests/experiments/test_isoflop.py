@@ -290,7 +290,13 @@ def test_tables_of_all_kinds_become_results_and_a_page(tmp_path):
         for i in range(len(runs))
     ]  # fmt: skip
     often = [int(x) for x in np.argsort(-np.bincount(runs.columns["d_model"].astype(int)))[:3]]
-    steps = np.linspace(0.1, 1, 10)
+    largest, steps = runs.params.max(), np.linspace(0.1, 1, 10)
+    of_kind = {
+        "main": lambda row: row["params"] < largest,
+        "wider": lambda row: row["params"] == largest,
+        "smaller": lambda row: row["d_model"] in often and row["budget"] < 1e13,
+        "longer": lambda row: row["d_model"] in often and row["budget"] >= 1e13,
+    }
     curves = [
         {"run_id": row["run_id"], "tokens": row["tokens"] * x, "flops": row["flops"] * x,
          "train_loss": float(LAW.loss(row["params"], row["tokens"] * x)), "validation_loss": ""}
@@ -299,11 +305,7 @@ def test_tables_of_all_kinds_become_results_and_a_page(tmp_path):
     blank = dict.fromkeys(run.KEPT, "")
     workdir, results, report = tmp_path / "runs", tmp_path / "results", tmp_path / "report.html"
     for kind in study.KINDS:
-        kept = [row for row in rows if row["d_model"] in often] if kind == "smaller" else rows
-        if kind == "main":  # its largest model's runs are the wider sweep's
-            kept = [row for row in rows if row["params"] < runs.params.max()]
-        if kind == "wider":
-            kept = [row for row in rows if row["params"] == runs.params.max()]
+        kept = [row for row in rows if of_kind.get(kind, lambda row: True)(row)]
         (workdir / kind).mkdir(parents=True)
         (workdir / kind / "runs.csv").write_text(as_csv([blank | row for row in kept]))
         ids = {row["run_id"] for row in kept}
