@@ -70,9 +70,8 @@ def test_what_is_added_to_a_kind_is_as_its_own_runs(kind):
     shapes = [rung.model for rung in grid.ladder(main)]
     for each in runs:
         assert each.config.model in shapes and each.config.train.flops == each.flops
-    assert (
-        len(runs) == {"wider": 1, "longer": 3}[kind]
-    )  # longer: two budgets, of which one is known
+    # Of longer's two budgets the sizes of one are known at once.
+    assert len(runs) == {"wider": 1, "longer": 3}[kind]
 
 
 def test_kept_runs_span_what_the_protocol_says():
