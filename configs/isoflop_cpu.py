@@ -36,7 +36,7 @@ STUDIES = {
 
 
 def get_config(study="quick"):
-    """``quick``: an exponent in a quarter of an hour; ``full``: with seeds; ``smoke``: a trial."""
+    """``quick``: an exponent in eleven minutes; ``full``: with seeds; ``smoke``: a trial."""
     one_of("configs/isoflop_cpu.py: the study", study, list(STUDIES))
     config = base.get_config()
     config.name = f"isoflop_cpu_{study}"
