@@ -2,7 +2,16 @@
 
 import importlib
 
+import numpy as np
 import pytest
+
+
+def test_the_error_of_a_ratio_is_that_of_its_medians():
+    run = importlib.import_module("experiments.checkpoint_cost.run")
+    assert run.ratio([3.0] * 5, [2.0] * 5) == (1.5, 0.0)
+    times = np.random.default_rng(1).normal(10.0, 1.0, 400)
+    _, error = run.ratio(list(times), [10.0])
+    assert error == pytest.approx(np.sqrt(np.pi / 2) * 0.1 / 20, rel=0.25)  # of a normal's median
 
 
 @pytest.mark.slow

@@ -116,10 +116,13 @@ def test_malformed_input_of_every_kind(campaign, kind, monkeypatch, tmp_path):
 def test_the_table_tells_what_checkpoints_cost(campaign, tmp_path):
     run, _ = campaign
     assert run.costs(tmp_path / "none.json") == []
-    found = {"saving": {"cost": 0.0234}, "restoring": {"cold_seconds": 3.21, "warm_seconds": 1.0}}
+    found = {
+        "saving": {"cost": 0.0234, "cost_error": 0.01, "alone_cpu_cost": 0.02},
+        "restoring": {"cold_seconds": 3.21, "warm_seconds": 1.0},
+    }
     (tmp_path / "found.json").write_text(json.dumps(found))
     saving, restoring = run.costs(tmp_path / "found.json")
-    assert saving.endswith("<= 5 % of step time | 2.3 % |")
+    assert saving.endswith("| 2.3 ± 1.0 %; 2.0 % of CPU time, measured alone |")
     assert restoring.endswith("<= 5 s | 3.2 s |")
 
 
