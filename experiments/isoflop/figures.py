@@ -103,16 +103,25 @@ def over_training(rows: list[dict], table: RunTable, base: float) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4))
         axes = figure.subplots()
-        sizes = np.unique(table.params)[::-1]
+        sizes, curves = np.unique(table.params)[::-1], []
         for i, size in enumerate(sizes):
-            of_size = table.params == size
+            of_size, colour = table.params == size, tuple(COLOURS.values())[i % len(COLOURS)]
+            times, loss = table.flops[of_size] / base, table.loss[of_size]
             label = count(size) + (f", {sizes[0] / size:.1f} x smaller" if i else ", optimal")
-            axes.plot(
-                table.flops[of_size] / base, table.loss[of_size], "o", color=f"C{i}", label=label
-            )
-        for row in (row for row in rows if row["cost"]):
-            axes.axvline(row["cost"], color=GREY, lw=0.8, ls=":")
+            axes.plot(times, loss, "o", color=colour, ms=4, label=label)
+            degree = min(2, len(np.unique(times)) - 1)
+            curves.append(np.polyfit(np.log(times), np.log(loss), degree))
+            along = np.geomspace(times.min(), times.max(), 50)
+            smooth = np.exp(np.polyval(curves[-1], np.log(along)))
+            axes.plot(along, smooth, color=colour, lw=1.2)
+        target, dotted = np.exp(curves[0][-1]), {"color": GREY, "lw": 0.8, "ls": ":"}
+        reached = [row["cost"] for row in rows if row["cost"]]
+        axes.hlines(target, 1, max(reached, default=1), **dotted)
+        axes.vlines(reached, axes.get_ylim()[0], target, **dotted)
+        budgets = np.unique(np.round(table.flops / base, 1))
         axes.set_xscale("log")
+        axes.set_xticks(budgets, [f"{x:g}" for x in budgets])
+        axes.minorticks_off()
         axes.set(xlabel=f"FLOPs over {power(base)}", ylabel="loss, nats a token")
         axes.legend()
         return svg(figure)

@@ -44,7 +44,7 @@ def _off(params: float, seen: dict) -> str:
 
 def _ladder(rows: list[dict], figure: str) -> str:
     cells = [
-        (row["part"], row["rung"], f"{row['params']}, {row['flops']}".replace("_", " "),
+        (row["rung"], f"{row['params']}, {row['flops']}".replace("_", " "),
          decimal(row["a"]) if row["a"] else row["reason"], interval(row.get("interval95")),
          *(decimal(row[name]) for name in ("akima", "a_upper", "a_once", "porian2024")))
         for row in rows
@@ -53,7 +53,7 @@ def _ladder(rows: list[dict], figure: str) -> str:
         "Approach 2 on the four lower budgets. Above, one of Kaplan’s settings at a time; below,"
         " all of them, then one after the other undone, beside Porian et al. 2024 (RefinedWeb)."
     )
-    head = ("", "settings", "N, C", "a", "95 %", "by Akima", "three upper budgets", "no repeats")
+    head = ("", "N, C", "a", "95 %", "by Akima", "without 10¹¹", "without repeats")
     return (
         "<h2>Why Kaplan’s exponent is another</h2>"
         + html.figure(figure, caption)
