@@ -18,6 +18,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 WORDS = "the of and to in a that is was he for it with as his on be at by i had not are but".split()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules of many programs that run once each: it is compilation that they wait for."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory):
     """A ``DataConfig`` over sixty small documents of words, 64 tokens a window."""

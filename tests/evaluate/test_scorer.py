@@ -34,12 +34,7 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs run once each: their compilation is what these tests wait for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def made(config=CONFIG, mesh=None, **settings):

@@ -18,13 +18,7 @@ from lm.config import Config, MeshConfig, replace
 from lm.interop import load, pieces
 from lm.sharding import make_mesh
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs run once each: their compilation is what these tests wait for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 BASE = replace(

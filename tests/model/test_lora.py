@@ -18,6 +18,8 @@ CONFIG = dataclasses.replace(PLAIN, lora=LORA)
 SCANNED = dataclasses.replace(CONFIG, scan_layers=True, remat="full")
 TOKENS_BT = jnp.array(np.random.default_rng(0).integers(0, 32, (2, 9)))
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def initialised(config):
     decoder = Decoder(config, 8)
@@ -72,9 +74,11 @@ def test_gradients_are_those_of_the_merged_matrix():
         logits_BTV = decoder.apply({"params": params}, TOKENS_BT[:, :-1])
         return cross_entropy(logits_BTV, TOKENS_BT[:, 1:]) / 16  # nats a token
 
-    of_plain = flatten_dict(jax.grad(lambda p: nats(plain, p))(lora.merged(params, LORA)))
+    gradient = jax.jit(jax.grad(lambda p: nats(plain, p)))
+    of_plain = flatten_dict(gradient(lora.merged(params, LORA)))
     masked = lora.trained(params, LORA)
-    found = flatten_dict(jax.grad(lambda t: nats(decoder, lora.whole(params, t)))(masked))
+    gradient = jax.jit(jax.grad(lambda t: nats(decoder, lora.whole(params, t))))
+    found = flatten_dict(gradient(masked))
     flat, seen = flatten_dict(params), 0
     for key in flat:
         if key[-1] == "lora_a":

@@ -19,12 +19,7 @@ B, T, D, F, E = 3, 12, 8, 6, 4
 X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs run once each: their compilation is what these tests wait for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def config(feed_forward="swiglu", n_layers=2, **moe):

@@ -5,6 +5,7 @@ import random
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
@@ -163,18 +164,17 @@ def test_packed_conversations_are_as_if_each_were_alone(talk):
         )
         return cross_entropy(logits_BTV, batch.targets_BT, batch.weights_BT)
 
-    def by_hand(params):
-        total = 0.0
-        for inputs, targets, answer in alone:
-            row = np.zeros((1, 64), np.int32)  # what comes after changes nothing before it
-            row[0, : len(inputs)] = inputs
-            log_p_TV = jax.nn.log_softmax(decoder.apply({"params": params}, row)[0])
-            total -= log_p_TV[answer, targets[answer]].sum()
-        return total
+    def of_one(params, row_T, target_T, is_answer_T):
+        log_p_TV = jax.nn.log_softmax(decoder.apply({"params": params}, row_T[None])[0])
+        return -jnp.sum(log_p_TV[jnp.arange(64), target_T] * is_answer_T)
 
-    (found, gradient), (wanted, wanted_gradient) = (
-        jax.jit(jax.value_and_grad(f))(params) for f in (packed, by_hand)
-    )
+    by_hand, each = jax.jit(jax.value_and_grad(of_one)), []
+    for inputs, targets, answer in alone:
+        row, target, is_answer = np.zeros((3, 64), np.int32)  # what comes after changes nothing
+        row[: len(inputs)], target[: len(targets)], is_answer[answer] = inputs, targets, 1
+        each.append(by_hand(params, row, target, is_answer))
+    wanted, wanted_gradient = jax.tree.map(lambda *parts: sum(parts), *each)
+    found, gradient = jax.jit(jax.value_and_grad(packed))(params)
     assert float(found) == pytest.approx(float(wanted), rel=1e-6)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),

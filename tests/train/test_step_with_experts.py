@@ -33,12 +33,7 @@ CONFIG = replace(
 SCHEDULE = Schedule(0.01, 1.0, 2.0, 2.0, 10.0, 0.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many programs run once each: their compilation is what these tests wait for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def with_moe(config=CONFIG, **changes):
