@@ -253,6 +253,7 @@ def assert_same_run(config, found, alone):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_same_run_and_read_disjoint_rows(launch, config, alone, tmp_path):
     first, second = launch(2).finish()
     assert_same_run(config, tmp_path / "run", alone)

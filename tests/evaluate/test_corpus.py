@@ -10,7 +10,9 @@ from lm.command import BadInput
 from lm.config import replace
 from lm.data import open_dataset
 from lm.evaluate.corpus import Document, held_out, rolling, summarise, texts
-from tests.evaluate.test_scorer import CONFIG, alone, made, quick_compilation  # noqa: F401
+from tests.evaluate.test_scorer import CONFIG, alone, made
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

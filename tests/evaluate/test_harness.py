@@ -12,9 +12,9 @@ import pytest
 
 from lm.command import BadInput
 from lm.config import Config, ModelConfig, replace
-from tests.evaluate.test_scorer import made, quick_compilation, run_of_ends, saved  # noqa: F401
+from tests.evaluate.test_scorer import made, run_of_ends, saved
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not here; pip install '.[eval]'")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402

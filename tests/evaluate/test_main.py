@@ -8,7 +8,9 @@ from lm import command
 from lm.config import replace
 from lm.evaluate import __main__ as evaluate
 from lm.train.loop import train
-from tests.evaluate.test_scorer import CONFIG, made, quick_compilation, saved  # noqa: F401
+from tests.evaluate.test_scorer import CONFIG, made, saved
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

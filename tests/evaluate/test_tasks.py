@@ -23,7 +23,9 @@ from lm.evaluate.tasks import (
 )
 from lm.generate.decode import Completion
 from lm.generate.sampling import Sampling
-from tests.evaluate.test_scorer import made, quick_compilation  # noqa: F401
+from tests.evaluate.test_scorer import made
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Told:

@@ -274,7 +274,7 @@ def test_a_checkpoint_is_no_newer_than_the_log_on_disk(config, programs, tmp_pat
     assert told[told.index("saved") - 1] is True
 
 
-@pytest.mark.parametrize("every", [0, 7])
+@pytest.mark.parametrize("every", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_preempted_at_every_dispatch_it_ends_bit_identical(config, programs, tmp_path, every):
     settings = {"checkpoint_every": every, "evaluate_every": 5, "steps_per_dispatch": 3}
     config = replace(config, train=settings)

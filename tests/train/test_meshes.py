@@ -21,14 +21,8 @@ sharding = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(sharding)
 
 LAYERS = sharding.BASE.model.n_layers
-QUICK = "stage 2"
-each = pytest.mark.parametrize(
-    "name",
-    [
-        name if name == QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in sharding.CASES
-    ],
-)
+pytestmark = pytest.mark.slow
+each = pytest.mark.parametrize("name", sharding.CASES)
 
 
 @functools.cache
@@ -67,7 +61,6 @@ def test_any_mesh_is_the_same_run(name):
     assert sharding.largest_difference(found.gradient, wanted.gradient) < 1e-4
 
 
-@pytest.mark.slow
 def test_zero_splits_bytes_by_eight():
     for row in sharding.bytes_rows():
         for stage, name in ((1, "optimizer"), (2, "gradients"), (3, "parameters")):
@@ -78,7 +71,6 @@ def test_zero_splits_bytes_by_eight():
 # On CPU an all-reduce and a slice stand for a reduce-scatter.
 
 
-@pytest.mark.slow
 def test_data_parallelism_reduces_gradients_and_zero_gathers_parameters():
     whole = parameter_bytes()
     gathers = {"data 8": 0, "data 8, zero 1": 1, "data 8, zero 2": 1, "data 8, zero 3": 2}
@@ -91,7 +83,6 @@ def test_data_parallelism_reduces_gradients_and_zero_gathers_parameters():
         assert 0.96 * times * whole <= gathered <= 1.01 * times * whole, name
 
 
-@pytest.mark.slow
 def test_tensor_parallelism_reduces_twice_a_layer_each_way():
     count, _ = sent("data 4 x model 2", "model", scalars=False)["all-reduce"]
     outside = 5  # the embedding, the logits' maximum, sum, target, and the head's gradient
@@ -104,7 +95,6 @@ def test_tensor_parallelism_reduces_twice_a_layer_each_way():
     assert 4 * LAYERS <= found["all-reduce"][0] <= 4 * LAYERS + outside + norms
 
 
-@pytest.mark.slow
 def test_context_parallelism_gathers_keys_and_values_once_a_layer():
     segments = 1
     count, payload = sent("context 4", "context")["all-gather"]
@@ -114,7 +104,6 @@ def test_context_parallelism_gathers_keys_and_values_once_a_layer():
     assert payload == heads + rows * 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, rounds", [("stage 4", 1), ("stage 4, 2 rounds", 2)])
 def test_stages_talk_by_permutes(name, rounds):
     """Of activations: in every iteration to the next stage, of stage 0's next micro-batch, and of
@@ -130,7 +119,6 @@ def test_stages_talk_by_permutes(name, rounds):
     assert found["all-reduce"][1] < 1.6 * sum(x.size * 4 for x in jax.tree.leaves(outside))
 
 
-@pytest.mark.slow
 def test_a_pipeline_scores_as_one_device_does():
     batch = jax.tree.map(lambda x: x[0], sharding.batches())
     nats = []

@@ -104,11 +104,11 @@ def test_one_step_a_dispatch_is_the_same_run(plain):
 @pytest.mark.parametrize(
     "mesh",
     [
-        dict(data=8),
+        pytest.param(dict(data=8), marks=pytest.mark.slow),
         pytest.param(dict(data=4, model=2), marks=pytest.mark.slow),
         dict(data=2, model=4),
         pytest.param(dict(data=8, zero=1), marks=pytest.mark.slow),
-        dict(data=8, zero=3),
+        pytest.param(dict(data=8, zero=3), marks=pytest.mark.slow),
         dict(data=4, context=2),
         dict(replica=2, data=2, model=2, zero=3, sequence_sharded=True),
     ],
@@ -198,13 +198,14 @@ def test_adapters_after_one_step_are_adams(adapted):
     assert_same(jax.device_get(state.params), optax.apply_updates(start, updates), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(dict(mesh=dict(data=2, model=4)), marks=pytest.mark.slow),
+        dict(mesh=dict(data=2, model=4)),
         dict(mesh=dict(data=4, model=2, zero=3)),
-        pytest.param(dict(train=dict(accumulation=4)), marks=pytest.mark.slow),
-        pytest.param(dict(model=dict(remat="full")), marks=pytest.mark.slow),
+        dict(train=dict(accumulation=4)),
+        dict(model=dict(remat="full")),
     ],
     ids=str,
 )

@@ -86,13 +86,9 @@ def test_any_mesh_is_the_same_run(name):
     assert np.all(wanted.routing.dropped > 0.05)  # there was something to get wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        dict(data=8),
-        pytest.param(dict(data=2, model=4), marks=pytest.mark.slow),
-        pytest.param(dict(data=4, model=2, zero=3), marks=pytest.mark.slow),
-    ],
+    "mesh", [dict(data=8), dict(data=2, model=4), dict(data=4, model=2, zero=3)]
 )
 def test_ragged_rows_on_any_mesh_are_the_same_run(mesh):
     state, metrics, _ = train(replace(with_moe(dispatch="ragged"), mesh=mesh), devices=8)
@@ -127,6 +123,7 @@ def test_experts_over_data_exchange_rows_and_over_model_do_not():
     assert found["all-to-all"] == 0 and found["all-reduce"] > 0
 
 
+@pytest.mark.slow
 def test_both_losses_teach_and_cross_entropy_alone_is_told():
     """Against the gradient of the sum written out, of a batch and of two micro-batches."""
     config = with_moe(replace(CONFIG, model={"n_layers": 1}), bias_rate=0.0)
@@ -172,7 +169,8 @@ def scanned(params, every):
     return {**outside, "layers": jax.tree.map(lambda *x: jnp.stack(x), *periods)}
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 2])
 def test_scanned_and_rematerialised_layers_say_and_learn_the_same(every):
     n_layers = 1 + 2 * every
     config = with_moe(replace(CONFIG, model={"n_layers": n_layers}), every=every, first_dense=1)
